@@ -1,0 +1,456 @@
+"""SimFlow = VAE + flow, trained as one; its configuration, and the losses that look at images.
+
+    mu = LayerNorm(Encoder(image))         x = mu + sigma * noise          (SimFlow section 3.2)
+    loss = rec(Decoder(x), image) + nll(Flow(x))                           (SimFlow Eq. 4)
+
+Nothing is detached: the flow's gradient reaches the encoder through x.
+"""
+import argparse
+import dataclasses
+from dataclasses import dataclass, field
+import math
+import os
+import pickle
+import typing
+
+import numpy as np
+from PIL import Image
+import torch
+from torch import nn
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from data import Parser, UserError, fetch
+from flow import Flow
+from vae import VAE
+
+
+# ----------------------------------------------------------------------------------------------- configuration
+
+def option(default, help):
+    return field(default=default, metadata={'help': help})
+
+
+@dataclass
+class Config:
+    """Everything that makes a run. The fields are train.py's options; a preset only changes their defaults."""
+    model: str = option('nano', 'preset: a row of PRESETS')
+    data: str = option('imagenet/train', 'shapes, cifar10, fashion_mnist, or a folder or zip of class folders')
+    out: str = option('out', 'output directory; an unfinished run found there is resumed')
+    image_size: int = option(256, 'pixels a side')
+    flip: bool | None = option(None, 'random mirror images; default: where the data allows')
+    workers: int = option(8, 'data loading processes per GPU')
+
+    sigma: float = option(0.5, 'standard deviation of the noise on the latents, the constant of SimFlow')
+    latent_dim: int = option(64, 'channels of a token, D')
+    vae_width: int = option(128, "channels of the VAE's first level")
+    vae_mults: tuple[int, ...] = option((1, 1, 2, 2, 4), 'multipliers of that width, a level each')
+    vae_patch: int = option(1, 'pixels a side that the first level takes as one')
+    width: int = option(1152, "width of the flow's transformers, C")
+    heads: int = option(16, 'attention heads')
+    layers: tuple[int, ...] = option((2, 2, 2, 2, 2, 46), 'layers of each block of the flow, image -> noise')
+
+    l1: float = option(1.0, 'weight of the absolute pixel error')
+    l2: float = option(0.0, 'weight of the squared pixel error')
+    lpips: float = option(1.0, 'weight of the perceptual loss; 0 is off')
+    lpips_vgg: str = option('', "torchvision's VGG16 weights; default: download once")
+    lpips_heads: str = option('', "LPIPS v0.1's linear heads; default: download once")
+    gan: float = option(0.1, 'weight of the adversarial loss; 0 is off')
+    gan_start: int = option(0, 'first step with the adversarial loss')
+    gan_adaptive: bool = option(True, 'scale that weight by the ratio of gradient norms at the last layer')
+    gan_lr: float = option(1e-4, 'learning rate of the discriminator')
+    gan_width: int = option(64, 'channels of its first layer')
+    gan_layers: int = option(3, 'its stride-2 layers')
+
+    batch_size: int = option(256, 'images a step, over all processes')
+    epochs: int = option(160, 'passes over the data, unless --steps is positive')
+    steps: int = option(0, 'optimisation steps; 0: as many as the epochs take')
+    stop_at: int = option(0, 'stop (and save) at this step, schedule unchanged; 0: run to the end')
+    lr: float = option(1e-4, 'learning rate')
+    lr_end: float = option(1e-6, 'learning rate at the end')
+    warmup: int = option(0, 'steps of linear warm-up')
+    constant: float = option(0.5, 'share of the run at constant learning rate, before the cosine')
+    beta2: float = option(0.999, "Adam's second beta")
+    clip: float = option(1.0, 'largest gradient norm')
+    ema: float = option(0.9999, 'decay of the weight average')
+    class_drop: float = option(0.1, 'probability of training without the class')
+    seed: int = option(0, 'of everything random')
+
+    device: str = option('', 'cuda, mps, cpu; default: the best there is')
+    dtype: str = option('', 'float32 or bfloat16 (autocast); default: bfloat16 on GPUs that have it')
+    compile: bool | None = option(None, 'torch.compile; default: on CUDA GPUs')
+    grad_accum: int = option(1, 'micro-batches a step')
+    grad_ckpt: bool = option(False, 'recompute activations in backward: slower, less memory')
+    log_interval: int = option(100, 'steps between log lines')
+    save_interval: int = option(2500, 'steps between checkpoints; 0: only at the end')
+    sample_interval: int = option(5000, 'steps between pictures; 0: never')
+    dry_run: bool = option(False, 'print the plan and exit')
+
+    @property
+    def factor(self):
+        """f, image pixels a side for one token"""
+        return self.vae_patch * 2 ** (len(self.vae_mults) - 1)
+
+    @property
+    def tokens(self):
+        return (self.image_size // self.factor) ** 2
+
+    def check(self):
+        """Raise UserError for what cannot be built or trained."""
+        def require(fine, sentence):
+            if not fine:
+                raise UserError(sentence)
+
+        for name in ('layers', 'vae_mults'):
+            require(min(getattr(self, name)) > 0, f'--{name} must be positive integers, such as 2,2,6')
+        for name in POSITIVE:
+            require(getattr(self, name) > 0, f'--{name} must be positive, not {getattr(self, name)}')
+        for name in NOT_NEGATIVE:
+            require(getattr(self, name) >= 0, f'--{name} must not be negative, but is {getattr(self, name)}')
+        for name in SHARES:
+            require(0 <= getattr(self, name) <= 1, f'--{name} must be between 0 and 1, not {getattr(self, name)}')
+        require(self.image_size % self.factor == 0,
+                f'--image_size {self.image_size} must be a multiple of the down-sampling factor {self.factor}')
+        require(self.width % self.heads == 0, f'--width {self.width} must be a multiple of --heads {self.heads}')
+        require(all(self.vae_width * m % 4 == 0 for m in self.vae_mults),
+                f'--vae_width {self.vae_width} times each of --vae_mults must be a multiple of 4')
+        require(self.l1 + self.l2 > 0, 'one of --l1 and --l2 must be positive: nothing else teaches the decoder')
+        require(self.epochs + self.steps > 0, 'one of --steps and --epochs must be positive')
+        require(self.dtype in ('', 'float32', 'bfloat16'), f'--dtype {self.dtype} must be float32 or bfloat16')
+
+
+POSITIVE = ('image_size latent_dim vae_width vae_patch width heads gan_width gan_layers batch_size grad_accum lr clip '
+            'log_interval').split()
+NOT_NEGATIVE = ('sigma l1 l2 lpips gan gan_start gan_lr epochs steps stop_at lr_end warmup seed workers save_interval '
+                'sample_interval').split()
+SHARES = 'class_drop constant ema beta2'.split()
+
+# A row is what differs from Config's defaults, which are XXL's (SimFlow Tables 8 and 9).
+NANO = dict(data='shapes', image_size=32, latent_dim=32, vae_width=32, vae_mults=(1, 2), vae_patch=4,
+            width=128, heads=2, layers=(2, 2, 2, 6), l1=0.0, l2=20.0, lpips=0.0, gan=0.0, gan_width=32, gan_layers=2,
+            batch_size=64, steps=1500, lr=1e-3, lr_end=2e-5, warmup=100, beta2=0.99, ema=0.998, workers=1,
+            log_interval=50, save_interval=250, sample_interval=500)
+PRESETS = {
+    'nano': NANO,
+    'S': dict(width=384, heads=6, layers=(2, 2, 2, 2, 2, 2)),
+    'B': dict(width=768, heads=12, layers=(2, 2, 2, 2, 2, 2)),
+    'L': dict(width=1024, heads=16, layers=(2, 2, 2, 2, 2, 14)),
+    'XL': dict(width=1152, heads=16, layers=(2, 2, 2, 2, 2, 18)),
+    'XXL': dict(width=1152, heads=16, layers=(2, 2, 2, 2, 2, 46)),
+}
+
+
+def parse_zero_or_one(text):
+    if text not in ('0', '1'):
+        raise argparse.ArgumentTypeError(f"'{text}' must be 0 or 1")
+    return text == '1'
+
+
+def parse_ints(text):
+    try:
+        return tuple(int(part) for part in text.split(','))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' must be integers with commas between, such as 2,2,6")
+
+
+def parse_number(text):
+    if not math.isfinite(float(text)):
+        raise argparse.ArgumentTypeError(f"'{text}' must be a finite number")
+    return float(text)
+
+
+PARSERS = {bool: parse_zero_or_one, bool | None: parse_zero_or_one, tuple[int, ...]: parse_ints,
+           float: parse_number}
+
+
+def parse_options(cls, argv, description, presets={}):
+    """Command line -> an instance of dataclass `cls`. Each field is an option, --name value; `presets` is a table of
+    rows of defaults, chosen by the option --model. Raises UserError for whatever it does not understand."""
+    parser = Parser(description=description, allow_abbrev=False)
+    for f in dataclasses.fields(cls):
+        many = typing.get_origin(f.type) is list
+        kind = typing.get_args(f.type)[0] if many else f.type
+        default = '' if f.default in ('', None, ()) else ' (default: %(default)s)'
+        parser.add_argument('--' + f.name, default=f.default, help=f.metadata['help'] + default, metavar='',
+                            type=PARSERS.get(kind, kind), nargs='+' if many else None,
+                            choices=presets if f.name == 'model' and presets else None)
+    if presets:
+        chosen = parser.parse_known_args([a for a in argv if a not in ('-h', '--help')])[0]
+        parser.set_defaults(**presets[chosen.model])
+        if any(a.split('=')[0] == '--epochs' for a in argv):       # asked for, so a preset's steps must not win
+            parser.set_defaults(steps=0)
+    return cls(**vars(parser.parse_args(argv)))
+
+
+# ----------------------------------------------------------------------------------------------------- the model
+
+class SimFlow(nn.Module):
+    """classes: how many; 0 for data without labels. The class index `classes` means "no class"."""
+
+    def __init__(self, config, classes):
+        super().__init__()
+        c = config
+        self.vae = VAE(c.vae_width, c.vae_mults, c.vae_patch, c.latent_dim, c.sigma)
+        self.flow = Flow(c.latent_dim, c.tokens, c.width, c.heads, c.layers, classes)
+
+    def latents(self, image, noise):
+        """image (B, 3, H, W) in [-1, 1], noise (B, T, D) -> x = mu + sigma * noise, mu; both (B, T, D)"""
+        mu, sigma = self.vae.encode(image)
+        return mu + sigma * noise, mu
+
+    def forward(self, image, y, noise):
+        """image (B, 3, H, W) in [-1, 1], y (B,), noise (B, T, D) -> recon (B, 3, H, W), nll (B,), mu (B, T, D)
+
+        nll is in nats per latent dimension, without the constant 0.5 log(2 pi). The entropy of q(x | image) is
+        constant with a constant sigma, so it is not part of the loss.
+        """
+        x, mu = self.latents(image, noise)
+        return self.vae.decode(x), self.flow.nll(x, y), mu
+
+    @torch.no_grad()
+    def generate(self, y, noise, cfg=0.0, gamma=0.0):
+        """y (B,), noise (B, T, D) -> images (B, 3, H, W) in [-1, 1]
+
+        cfg: STARFlow's guidance in the deep block. gamma: SimFlow's score step (Eq. 6). 0 turns either off.
+        """
+        x = self.flow.sample(noise, y, cfg)
+        if gamma:
+            x = self.flow.score_step(x, y, gamma, micro_batch=max(1, len(x) // 16))
+        return self.vae.decode(x).clamp(-1, 1)
+
+
+# ------------------------------------------------------------------------------------ devices, processes, randomness
+
+@dataclass
+class Place:
+    """Where this process works: its device, the dtype of its matrix products, and its rank among `world`."""
+    device: torch.device
+    dtype: torch.dtype
+    compile: bool
+    rank: int = 0
+    world: int = 1
+
+    def autocast(self):
+        """bfloat16 matrix products where the hardware has them; parameters and sums stay float32."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def distribute(self, module):
+        return DistributedDataParallel(module, gradient_as_bucket_view=True) if self.world > 1 else module
+
+    def mean(self, values):
+        """In place, over the processes."""
+        if self.world > 1:
+            dist.all_reduce(values)
+            values /= self.world
+
+    def max(self, number):
+        """Largest of the processes' integers. A CPU tensor travels by gloo, so no process waits for its GPU."""
+        if self.world == 1:
+            return number
+        number = torch.tensor(number)
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+        return number.item()
+
+    def first(self, work):
+        """Result of work() on process 0, or the UserError it raised, on all of them."""
+        result = [None]
+        if self.rank == 0:
+            try:
+                result[0] = work()
+            except UserError as e:
+                result[0] = e
+        if self.world > 1:
+            dist.broadcast_object_list(result)
+        if isinstance(result[0], UserError):
+            raise result[0]
+        return result[0]
+
+    def print(self, text):
+        if self.rank == 0:
+            tqdm.write(text)
+
+
+def find_place(device='', dtype='', compile=None):
+    """The best device here, as torchrun's environment has it. UserError for a device that is not."""
+    if not device:
+        device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    local = int(os.environ.get('LOCAL_RANK', 0))
+    if device == 'cuda' and 'LOCAL_RANK' in os.environ:
+        device = f'cuda:{local}'
+    try:
+        device = torch.device(device)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"--device {device} can't be used here: {str(e).splitlines()[0]}")
+    cuda = device.type == 'cuda'
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dtype:
+        # A CPU or an old GPU can emulate bfloat16, many times slower than float32.
+        dtype = 'bfloat16' if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else 'float32'
+    place = Place(device, getattr(torch, dtype), cuda if compile is None else compile)
+    if 'RANK' in os.environ:
+        dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo')
+        place.rank, place.world = dist.get_rank(), dist.get_world_size()
+    return place
+
+
+TRAIN, SAMPLE, RECON = range(3)                                    # streams of randomness that must not meet
+
+
+def generator(device, stream, seed, index=0):
+    """A random number generator that depends on these integers alone: index is a step, or an image's."""
+    seed = int(np.random.SeedSequence((stream, seed, index)).generate_state(1, np.uint64)[0] >> 1)
+    return torch.Generator(device).manual_seed(seed)
+
+
+def sample_images(model, labels, seed, place, batch_size, cfg=0.0, gamma=0.0):
+    """Yield images (b, H, W, 3) uint8 in order; every process gets all of them and makes its share.
+
+    Image i has class labels[i] and noise from (seed, i), so it depends neither on batch_size nor on the processes.
+    """
+    for start in range(0, len(labels), batch_size * place.world):
+        first = start + place.rank * batch_size
+        index = range(first, min(first + batch_size, len(labels)))
+        images = np.zeros((0, 0, 0, 3), np.uint8)
+        if index:
+            noise = torch.stack([torch.randn(model.flow.shape, generator=generator('cpu', SAMPLE, seed, i))
+                                 for i in index])
+            with place.autocast():
+                y = labels[index.start:index.stop].to(place.device)
+                images = to_uint8(model.generate(y, noise.to(place.device), cfg, gamma))
+        if place.world > 1:
+            shares = [None] * place.world
+            dist.all_gather_object(shares, images)
+            images = np.concatenate([share for share in shares if len(share)])
+        yield images
+
+
+def to_uint8(images):
+    """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8 by rounding"""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def from_uint8(images):
+    """(B, 3, H, W) uint8 -> float32 in [-1, 1]"""
+    return images.float() / 127.5 - 1
+
+
+def grid(images, columns):
+    """(N, H, W, 3) uint8 -> PIL image, row by row"""
+    n, h, w, _ = images.shape
+    rows = -(-n // columns)
+    canvas = np.full((rows * columns, h, w, 3), 255, np.uint8)
+    canvas[:n] = images
+    return Image.fromarray(canvas.reshape(rows, columns, h, w, 3).transpose(0, 2, 1, 3, 4).reshape(rows * h, -1, 3))
+
+
+def load_checkpoint(path):
+    """-> the dictionary that train.py saved, on the CPU. UserError if it is not one."""
+    try:
+        state = torch.load(path, map_location='cpu', weights_only=True)
+        state['config'], state['class_names'], state['step']
+        return state
+    except FileNotFoundError:
+        raise UserError(f'there is no checkpoint {path}; train one with `python train.py`, or name one with --ckpt')
+    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as e:
+        raise UserError(f'{path} is not a checkpoint of train.py, or is damaged ({type(e).__name__})')
+
+
+def load_model(path):
+    """-> SimFlow with the EMA weights of a checkpoint, its Config, class names"""
+    state = load_checkpoint(path)
+    known = {f.name for f in dataclasses.fields(Config)}
+    config = Config(**{k: v for k, v in state['config'].items() if k in known})
+    model = SimFlow(config, len(state['class_names'])).eval().requires_grad_(False)
+    model.load_state_dict(state['ema'])
+    return model, config, state['class_names']
+
+
+# ---------------------------------------------------------------------------------------------------- the losses
+
+class Discriminator(nn.Sequential):
+    """PatchGAN (Isola et al. 2017, arXiv:1611.07004): (B, 3, H, W) -> logits (B, 1, h, w), one for each patch.
+
+    GroupNorm where the original has BatchNorm, whose statistics would tie the images of a batch together: two
+    processes of B/2 would then not equal one of B.
+    """
+
+    def __init__(self, width, layers):
+        c = width
+        stack = [nn.Conv2d(3, c, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for i in range(1, layers + 1):
+            cin, c = c, min(2 * c, 8 * width)
+            stride = 2 if i < layers else 1
+            stack += [nn.Conv2d(cin, c, 4, stride, padding=1), nn.GroupNorm(math.gcd(16, c), c), nn.LeakyReLU(0.2)]
+        super().__init__(*stack, nn.Conv2d(c, 1, 4, padding=1))
+
+
+def hinge(logits_real, logits_fake):
+    """The discriminator's loss (Lim & Ye 2017); the generator's is -logits_fake.mean()."""
+    return 0.5 * (F.relu(1 - logits_real).mean() + F.relu(1 + logits_fake).mean())
+
+
+def adaptive_weight(grad_rec, grad_gan):
+    """VQGAN's weight (Esser et al. 2021, Eq. 7): both losses pull at the decoder's last layer equally hard.
+
+    The cap matters when the discriminator's gradient vanishes. Each process and each micro-batch takes its own ratio
+    over the images it has, so with an adaptive weight 1 x B and 2 x B/2 agree in expectation, not to rounding.
+    """
+    return (grad_rec.norm() / (grad_gan.norm() + 1e-4)).clamp(max=1e4).detach()
+
+
+class LPIPS(nn.Module):
+    """Perceptual distance (Zhang et al. 2018, arXiv:1801.03924), version 0.1 on VGG16's features.
+
+    Two images (B, 3, H, W) in [-1, 1] -> (B,): squared differences of channel-normalised features, weighted channel by
+    channel (the heads), averaged over positions, summed over five depths.
+    """
+    PLAN = 64, 64, 'pool', 128, 128, 'pool', 256, 256, 256, 'pool', 512, 512, 512, 'pool', 512, 512, 512
+    TAPS = {3: 64, 8: 128, 15: 256, 22: 512, 29: 512}              # index in torchvision's vgg16().features: channels
+
+    def __init__(self):
+        super().__init__()
+        layers, cin = [], 3
+        for c in self.PLAN:
+            layers += [nn.MaxPool2d(2)] if c == 'pool' else [nn.Conv2d(cin, c, 3, padding=1), nn.ReLU()]
+            cin = cin if c == 'pool' else c
+        self.features = nn.Sequential(*layers)
+        self.heads = nn.ParameterList(torch.zeros(1, c, 1, 1) for c in self.TAPS.values())
+        self.register_buffer('shift', torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
+        self.register_buffer('scale', torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
+        self.eval().requires_grad_(False)
+
+    def load(self, vgg, heads):
+        """State dictionaries of torchvision's vgg16 and of the lpips package's v0.1/vgg.pth. KeyError, RuntimeError."""
+        self.features.load_state_dict({k: vgg[f'features.{k}'] for k in self.features.state_dict()})
+        for i, head in enumerate(self.heads):
+            head.copy_(heads[f'lin{i}.model.1.weight'])
+        return self
+
+    def forward(self, a, b):
+        total, h = 0, (torch.cat([a, b]) - self.shift) / self.scale
+        for i, layer in enumerate(self.features):
+            h = layer(h)
+            if i in self.TAPS:                                     # normalised in float32: bf16 squares underflow
+                unit_a, unit_b = (h.float() / (h.float().norm(dim=1, keepdim=True) + 1e-10)).chunk(2)
+                head = self.heads[list(self.TAPS).index(i)]
+                total = total + (head * (unit_a - unit_b).square()).sum(1).mean((1, 2))
+        return total
+
+
+def load_lpips(vgg_path='', heads_path=''):
+    """-> LPIPS with its released weights, read from the paths or downloaded once. UserError if they can't be had."""
+    folder = os.path.join(torch.hub.get_dir(), 'checkpoints')
+    advice = 'put it there by hand, name your copy with --{}, or train without the perceptual loss: --lpips 0 --l2 20'
+    vgg_path = vgg_path or fetch('https://download.pytorch.org/models/vgg16-397923af.pth',
+                                 os.path.join(folder, 'vgg16-397923af.pth'), 'sha256:397923af', advice.format('lpips_vgg'))
+    heads_path = heads_path or fetch('https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth',
+                                     os.path.join(folder, 'lpips_v0.1_vgg.pth'), 'md5:d507d7349b931f0638a25a48a722f98a',
+                                     advice.format('lpips_heads'))
+    try:
+        return LPIPS().load(*(torch.load(path, map_location='cpu', weights_only=True) for path in (vgg_path, heads_path)))
+    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as e:
+        raise UserError(f'{vgg_path} and {heads_path} are not the weights of VGG16 and of LPIPS ({type(e).__name__}); {advice}')

@@ -1,0 +1,462 @@
+"""Train SimFlow: one forward, everything learns together.
+
+    python train.py                                              10 minutes on a laptop, built-in data
+    python train.py --model S --data imagenet/train              one GPU
+    torchrun --nproc_per_node=8 train.py --model XXL --data imagenet/train
+
+Writes to --out: ckpt.pt, log.csv, samples_*.png (EMA weights, a row a class) and recon_*.png (originals above
+reconstructions). Run the same command again to go on where it stopped.
+"""
+import contextlib
+import copy
+import csv
+import dataclasses
+import itertools
+import math
+import os
+import signal
+import sys
+import time
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from data import BUILT_IN, UserError, batches, check, cli, open_data
+from model import (PRESETS, RECON, TRAIN, Config, Discriminator, SimFlow, adaptive_weight, find_place, from_uint8,
+                   generator, grid, hinge, load_checkpoint, load_lpips, parse_options, sample_images, to_uint8)
+
+# Resuming with another value of these would not be the same run.
+FIXED = ('image_size latent_dim vae_width vae_mults vae_patch width heads layers gan_width gan_layers '
+         'sigma batch_size seed').split()
+PEAK = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12, 'L40S': 362e12, '4090': 165e12}    # dense bf16 FLOP/s
+
+
+# ------------------------------------------------------------------------------------------------------ schedules
+
+def learning_rate(config, step, steps):
+    """Warm-up, constant (stage I), cosine to lr_end (stage II)."""
+    warm = min(1.0, (step + 1) / max(1, config.warmup))
+    start = config.constant * steps
+    progress = max(0.0, (step - start) / max(1.0, steps - start))
+    cosine = 0.5 + 0.5 * math.cos(math.pi * min(1.0, progress))
+    return warm * (config.lr_end + (config.lr - config.lr_end) * cosine)
+
+
+def ema_decay(config, step):
+    """Warmed up: a young average must not remember the initial weights."""
+    return min(config.ema, (1 + step) / (10 + step))
+
+
+def draw(config, classes, step, y, place):
+    """The random numbers of a step -> noise (b, T, D), y (b,) with some classes dropped, for this process's b images.
+
+    They are drawn for the global batch and sliced, so they depend on (seed, step) and not on how the batch is split.
+    """
+    g = generator(place.device, TRAIN, config.seed, step)
+    B, b = config.batch_size, len(y)
+    mine = slice(place.rank * b, (place.rank + 1) * b)
+    noise = torch.randn(B, config.tokens, config.latent_dim, generator=g, device=place.device)[mine]
+    drop = torch.rand(B, generator=g, device=place.device)[mine] < config.class_drop
+    return noise, torch.where(drop, classes, y)
+
+
+# ---------------------------------------------------------------------------------------------------- the trainer
+
+class Trainer:
+    """Networks, optimizers and running averages: one step, and all that a checkpoint needs to go on to the bit."""
+
+    def __init__(self, config, classes, place):
+        self.config, self.classes, self.place, self.step = config, classes, place, 0
+        torch.manual_seed(config.seed)                             # the same initial weights on every process
+        self.model = SimFlow(config, classes).to(place.device, memory_format=torch.channels_last)
+        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.opt = adamw(self.model, config.lr, config.beta2)
+        for module in self.model.modules():
+            module.grad_ckpt = config.grad_ckpt
+        if place.compile:                                          # in place, so names in checkpoints stay clean
+            for part in [self.model.vae.encoder, self.model.vae.decoder, *self.model.flow.blocks]:
+                part.compile(fullgraph=True)
+        self.names = ['loss', 'l1', 'l2', 'nll', 'mu_std', 'grad_norm', 'replaced']
+        if config.lpips:
+            self.lpips = load_lpips(config.lpips_vgg, config.lpips_heads).to(place.device)
+            self.names.append('lpips')
+        if config.gan:
+            self.disc = Discriminator(config.gan_width, config.gan_layers)
+            self.disc.to(place.device, memory_format=torch.channels_last)
+            self.disc_opt = adamw(self.disc, config.gan_lr, 0.999)
+            self.disc_ddp = place.distribute(self.disc)
+            self.names += ['gan', 'd_weight', 'd_loss', 'logits_real', 'logits_fake', 'd_grad_norm']
+        self.ddp = place.distribute(self.model)
+        zeros = torch.zeros(len(self.names), device=place.device)
+        self.totals, self.count = zeros, 0                         # sums since the last row of the log
+        self.failed, self.failed_step = zeros.bool(), zeros[0].long()
+
+    def train_step(self, image, y, lr, replaced=0):
+        """One optimisation step on this process's images (b, 3, H, W) uint8, `replaced` of them stand-ins for
+        unreadable ones, and classes (b,)."""
+        c, place = self.config, self.place
+        image = image.to(place.device, non_blocking=True, memory_format=torch.channels_last)
+        noise, y = draw(c, self.classes, self.step, y.to(place.device, non_blocking=True), place)
+        adversarial = bool(c.gan) and self.step >= c.gan_start
+        micro = len(y) // c.grad_accum
+        values = []
+        for i in range(0, len(y), micro):
+            part = slice(i, i + micro)
+            with contextlib.ExitStack() as stack:                  # gradients travel with the last micro-batch
+                if place.world > 1 and i + micro < len(y):
+                    stack.enter_context(self.ddp.no_sync())
+                    if adversarial:
+                        stack.enter_context(self.disc_ddp.no_sync())
+                values.append(self.backward(from_uint8(image[part]), y[part], noise[part], adversarial))
+        terms = {name: torch.stack([v[name] for v in values]).mean() for name in values[0]}
+        terms['replaced'] = torch.full_like(terms['loss'], replaced * place.world)    # so its mean is the sum
+        self.update(terms, adversarial, lr)
+
+    def backward(self, image, y, noise, adversarial):
+        """Gradients of one micro-batch, and its terms by name.
+
+        All losses on the image meet at recon: each is differentiated to there, and one backward pass takes their sum
+        on, through decoder, latents and encoder, together with the flow's.
+        """
+        c, terms = self.config, {}
+        with self.place.autocast():
+            recon, nll, mu = self.ddp(image, y, noise)
+            terms['l1'], terms['l2'] = (recon - image).abs().mean(), (recon - image).square().mean()
+            rec = c.l1 * terms['l1'] + c.l2 * terms['l2']
+            if c.lpips:
+                terms['lpips'] = self.lpips(recon, image).mean()
+                rec = rec + c.lpips * terms['lpips']
+        terms['nll'] = nll.mean()
+        terms['mu_std'] = mu.detach().std(0).mean() if len(mu) > 1 else mu.new_zeros(())
+        terms['loss'] = rec + terms['nll']
+        grad, = torch.autograd.grad(rec, recon)                    # (B, 3, H, W)
+        if adversarial:
+            weight, grad_gan = self.adversary(image, recon, grad, terms)
+            grad = grad + weight * grad_gan
+            terms['loss'] = terms['loss'] + weight * terms['gan']
+        torch.autograd.backward([recon, terms['nll']], [grad / c.grad_accum, torch.ones_like(nll[0]) / c.grad_accum])
+        return {name: value.detach() for name, value in terms.items()}
+
+    def adversary(self, image, recon, grad_rec, terms):
+        """The discriminator's gradients; for the generator, the weight and d gan / d recon (B, 3, H, W)."""
+        c = self.config
+        with self.place.autocast():
+            terms['gan'] = -self.disc(recon).float().mean()
+        grad_gan, = torch.autograd.grad(terms['gan'], recon)
+        weight = torch.full_like(terms['gan'], c.gan)
+        if c.gan_adaptive:
+            last = self.model.vae.conv_out.weight
+            weight *= adaptive_weight(*(torch.autograd.grad(recon, last, g, retain_graph=True)[0]
+                                        for g in (grad_rec, grad_gan)))
+        with self.place.autocast():                                # one forward for both: DDP allows no second
+            logits = self.disc_ddp(torch.cat([image, recon.detach()])).float()
+        real, fake = logits.chunk(2)
+        terms['d_loss'] = hinge(real, fake)
+        (terms['d_loss'] / c.grad_accum).backward()
+        terms |= {'d_weight': weight, 'logits_real': real.mean(), 'logits_fake': fake.mean()}
+        return weight, grad_gan
+
+    def update(self, terms, adversarial, lr):
+        """Clip, agree over the processes that all is finite, then step; without the host waiting for the device."""
+        c = self.config
+        terms['grad_norm'] = nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
+        if adversarial:
+            terms['d_grad_norm'] = nn.utils.clip_grad_norm_(self.disc.parameters(), c.clip)
+        values = torch.stack([terms.get(name, self.totals[0] * 0) for name in self.names]).float()
+        self.place.mean(values)                                    # one bad process makes it bad for all
+        broken = ~torch.isfinite(values)
+        first = broken.any() & ~self.failed.any()
+        self.failed = torch.where(first, broken, self.failed)
+        self.failed_step = torch.where(first, self.step, self.failed_step)
+        failed = self.failed.any().float()                         # once failed, nothing changes any more
+        self.opt.param_groups[0]['lr'] = lr
+        opts = [self.opt, self.disc_opt] if adversarial else [self.opt]
+        for opt in opts:
+            opt.found_inf = failed                                 # the fused kernels skip the step where it is 1
+            opt.step()
+            opt.zero_grad(set_to_none=True)
+        weight = (1 - ema_decay(c, self.step)) * (1 - failed)
+        ema, now = list(self.ema.parameters()), list(self.model.parameters())
+        torch._foreach_lerp_(ema, now, [weight] * len(now))
+        self.totals = torch.where(failed > 0, self.totals, self.totals + values)
+        self.step, self.count = self.step + 1, self.count + 1
+
+    def require_finite(self):
+        """Stop every process if a term was not finite. Waits for the device."""
+        if self.failed.any():
+            names = ' and '.join(name for name, bad in zip(self.names, self.failed.tolist()) if bad)
+            sys.exit(self.place.rank or f'error: {names} became infinite or NaN at step {self.failed_step.item()}; '
+                     'the weights were kept from it, and ckpt.pt is the last good one: go on from it with a lower --lr')
+
+    def averages(self):
+        """Of each term since the last call; of the unreadable images replaced, the sum."""
+        values = dict(zip(self.names, (self.totals / self.count).tolist()))
+        values['replaced'] = round(values['replaced'] * self.count)
+        self.totals, self.count = torch.zeros_like(self.totals), 0
+        return values
+
+    def state(self):
+        """Tensors and plain containers only."""
+        state = {'step': self.step, 'totals': self.totals, 'count': self.count, 'model': self.model.state_dict(),
+                 'ema': self.ema.state_dict(), 'opt': self.opt.state_dict()}
+        if self.config.gan:
+            state |= {'disc': self.disc.state_dict(), 'disc_opt': self.disc_opt.state_dict()}
+        return state
+
+    def load(self, state):
+        self.step, self.count = state['step'], state['count']
+        self.totals = state['totals'].to(self.place.device)
+        for name in state.keys() - {'step', 'count', 'totals', 'config', 'class_names'}:
+            getattr(self, name).load_state_dict(state[name])
+
+
+def adamw(module, lr, beta2):
+    return torch.optim.AdamW(module.parameters(), lr, (0.9, beta2), weight_decay=0.0, fused=True)
+
+
+# --------------------------------------------------------------------------------------------------- files and logs
+
+def save(trainer, data):
+    """Atomic: a kill at any moment leaves the old checkpoint or the new one, never half of either."""
+    trainer.require_finite()
+    if trainer.place.rank:
+        return
+    path = os.path.join(trainer.config.out, 'ckpt.pt')
+    state = trainer.state() | {'config': dataclasses.asdict(trainer.config), 'class_names': data.class_names}
+    with open(path + '.tmp', 'wb') as f:
+        torch.save(state, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(path + '.tmp', path)
+
+
+def resume(trainer, data):
+    """Go on from --out/ckpt.pt if there is one; UserError if it is of another run."""
+    path = os.path.join(trainer.config.out, 'ckpt.pt')
+    if not os.path.exists(path):
+        return
+    saved = load_checkpoint(path)
+    refuse = f'{path} was trained with %s; use those settings to go on with it, or another --out for a new run'
+    now = dataclasses.asdict(trainer.config)
+    differs = [f'--{name} {show(saved["config"][name])} (now {show(now[name])})' for name in FIXED
+               if saved['config'][name] != now[name]]
+    if differs:
+        raise UserError(refuse % ', '.join(differs))
+    if saved['class_names'] != data.class_names:
+        raise UserError(refuse % f'{len(saved["class_names"])} classes (now {len(data.class_names)}, or other names)')
+    if ('disc' in saved) != bool(trainer.config.gan):
+        raise UserError(refuse % f'--gan {saved["config"]["gan"]}')
+    trainer.load(saved)
+    changed = [f'--{k} {show(saved["config"][k])} -> {show(v)}' for k, v in now.items() if saved['config'][k] != v]
+    trainer.place.print(f'resuming {path} at step {trainer.step}' + ''.join(f', {c}' for c in changed))
+
+
+def show(value):
+    """As it is written on the command line."""
+    return ','.join(map(str, value)) if isinstance(value, (list, tuple)) else value
+
+
+class Log:
+    """out/log.csv: a row every log_interval steps. Rows after the resumed step are dropped, so none appears twice."""
+
+    def __init__(self, path, columns, step):
+        rows = []
+        if os.path.exists(path):
+            with open(path, newline='') as f:
+                rows = [row for row in csv.DictReader(f) if int(row['step']) <= step]
+        self.file = open(path, 'w', newline='')
+        self.writer = csv.DictWriter(self.file, columns, extrasaction='ignore')
+        self.writer.writeheader()
+        self.writer.writerows(rows)
+        self.file.flush()
+
+    def write(self, row):
+        self.writer.writerow({k: f'{v:.6g}' if isinstance(v, float) else v for k, v in row.items()})
+        self.file.flush()
+
+
+def save_pictures(trainer, data):
+    """samples_*.png: EMA weights, noise that never changes, a row a class. recon_*.png: originals above the raw
+    model's reconstructions of them, noise and all. Every process draws its share."""
+    config, place, step = trainer.config, trainer.place, trainer.step
+    rows = min(10, trainer.classes) or 4
+    labels = (torch.arange(rows) * trainer.classes // rows).repeat_interleave(8)
+    images = list(sample_images(trainer.ema, labels, config.seed, place, batch_size=len(labels)))
+    if place.rank:
+        return
+    grid(np.concatenate(images), 8).save(os.path.join(config.out, f'samples_{step:07d}.png'))
+    pixels, *_ = next(batches(data, config.image_size, 16, config.seed, flip=False, start=0, steps=1))
+    noise = torch.randn(16, *trainer.model.flow.shape, generator=generator('cpu', RECON, config.seed))
+    with torch.no_grad(), place.autocast():
+        x, _ = trainer.model.latents(from_uint8(pixels.to(place.device)), noise.to(place.device))
+        recon = to_uint8(trainer.model.vae.decode(x))
+    pair = np.concatenate([pixels.permute(0, 2, 3, 1).numpy(), recon])
+    grid(pair, 16).save(os.path.join(config.out, f'recon_{step:07d}.png'))
+
+
+# ------------------------------------------------------------------------------------------------------------- plan
+
+def total_steps(config, images):
+    return config.steps or math.ceil(config.epochs * images / config.batch_size)
+
+
+def train_flops(config, classes):
+    """Floating point operations of VAE and flow for one image, forward and backward; perceptual and adversarial
+    networks not counted. Runs on the meta device, which computes shapes only."""
+    with torch.device('meta'), FlopCounterMode(display=False) as counter:
+        model = SimFlow(config, classes)
+        recon, nll, _ = model(torch.empty(1, 3, config.image_size, config.image_size),
+                              torch.empty(1, dtype=torch.long), torch.empty(1, *model.flow.shape))
+        (recon.sum() + nll.sum()).backward()
+    return counter.get_total_flops()
+
+
+def print_plan(config):
+    """What would be trained, from sizes alone: builds nothing, downloads nothing."""
+    known = {'shapes': (100_000, 10), 'cifar10': (50_000, 10), 'fashion_mnist': (60_000, 10)}
+    if config.data in known or config.data == Config.data and not os.path.exists(config.data):
+        images, classes = known.get(config.data, (1_281_167, 1000))
+    else:
+        data = open_data(config.data)
+        images, classes = len(data), len(data.class_names)
+    with torch.device('meta'):
+        model = SimFlow(config, classes)
+        parts = {'flow': model.flow, 'VAE': model.vae, 'encoder': model.vae.encoder}
+        parts |= {'discriminator': Discriminator(config.gan_width, config.gan_layers)} if config.gan else {}
+    world, steps = int(os.environ.get('WORLD_SIZE', 1)), total_steps(config, images)
+    check_batch(config, world)
+    rows = {f'{name} parameters': f'{sum(p.numel() for p in part.parameters()):,}' for name, part in parts.items()}
+    rows |= {'tokens': f'{config.tokens} of {config.latent_dim} channels',
+             'data': f'{images:,} images, {classes} classes',
+             'batch': f'{config.batch_size} = {world} processes x {config.grad_accum} micro-batches x '
+                      f'{config.batch_size // world // config.grad_accum} images',
+             'steps': f'{steps:,} = {steps * config.batch_size / images:.1f} epochs',
+             'FLOPs an image': f'{train_flops(config, classes):.3g} (forward and backward)'}
+    print('\n'.join(f'{name:26}{value}' for name, value in rows.items()))
+
+
+def check_batch(config, world):
+    if config.batch_size % (world * config.grad_accum):
+        raise UserError(f'--batch_size {config.batch_size} must be a multiple of {world} processes times --grad_accum '
+                        f'{config.grad_accum}')
+
+
+# --------------------------------------------------------------------------------------------------------- the loop
+
+class Interrupt:
+    """SIGINT (Ctrl-C) and SIGTERM end the run after the step they come in; a second Ctrl-C ends it at once."""
+
+    def __init__(self):
+        self.signal = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.receive)
+
+    def receive(self, number, frame):
+        if self.signal == number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = self.signal or number
+
+
+class Meter:
+    """Where the time goes: images a second, the share of time spent waiting for data, model FLOP utilisation."""
+
+    def __init__(self, config, classes, place):
+        name = torch.cuda.get_device_name() if place.device.type == 'cuda' else ''
+        peaks = [flops for gpu, flops in PEAK.items() if gpu in name and place.dtype == torch.bfloat16]
+        self.peak_images = peaks[0] * place.world / train_flops(config, classes) if peaks else math.nan
+        self.batch_size = config.batch_size
+        self.reset()
+
+    def reset(self):
+        self.start, self.waited, self.steps = time.perf_counter(), 0.0, 0
+
+    def next(self, feed):
+        start = time.perf_counter()
+        batch = next(feed)
+        self.waited += time.perf_counter() - start
+        self.steps += 1
+        return batch
+
+    def row(self):
+        """Since the last call. mfu is empty where the peak of the device is not known."""
+        seconds = time.perf_counter() - self.start
+        rate = self.steps * self.batch_size / seconds
+        row = {'images_per_s': rate, 'data_wait': self.waited / seconds, 'mfu': rate / self.peak_images}
+        self.reset()
+        return row | ({'mfu': ''} if math.isnan(self.peak_images) else {})
+
+
+TIMING = ['images_per_s', 'data_wait', 'mfu']
+
+
+def write_row(trainer, log, meter, lr, steps):
+    """Averages since the last row, to the log and to the terminal."""
+    trainer.require_finite()
+    row = {'step': trainer.step} | trainer.averages() | {'lr': lr} | meter.row()
+    if log:
+        log.write(row)
+    shown = {name: row[name] for name in [*trainer.names, 'images_per_s', 'data_wait'] if row[name]}
+    trainer.place.print(f'step {trainer.step}/{steps}  ' + '  '.join(f'{k} {v:.4g}' for k, v in shown.items()))
+
+
+def train(config, data, place):
+    """Train to the end, to --stop_at or to a signal -> the signal's number, or 0."""
+    steps = total_steps(config, len(data))
+    last = min(steps, config.stop_at or steps)
+    trainer = Trainer(config, len(data.class_names), place)
+    resume(trainer, data)
+    log = Log(os.path.join(config.out, 'log.csv'), ['step', *trainer.names, 'lr', *TIMING],
+              trainer.step) if place.rank == 0 else None
+    meter, interrupt = Meter(config, trainer.classes, place), Interrupt()
+    flip = data.mirror if config.flip is None else config.flip
+    feed = batches(data, config.image_size, config.batch_size, config.seed, flip, trainer.step, last,
+                   place.rank, place.world, config.workers, place.device.type == 'cuda')
+    stopped = 0
+    with tqdm(total=steps, initial=trainer.step, disable=place.rank > 0 or not sys.stderr.isatty()) as bar:
+        while trainer.step < last and not stopped:
+            lr = learning_rate(config, trainer.step, steps)
+            image, y, replaced = meter.next(feed)
+            trainer.train_step(image, y, lr, replaced)
+            bar.update()
+            stopped = place.max(interrupt.signal)                  # travels over gloo: no GPU is waited for
+            due = [every and trainer.step % every == 0 for every in
+                   (config.log_interval, config.sample_interval, config.save_interval)]
+            if due[0]:
+                write_row(trainer, log, meter, lr, steps)
+            if due[1] or config.sample_interval and trainer.step == last:
+                save_pictures(trainer, data)
+            if due[2] or stopped or trainer.step == last:
+                save(trainer, data)
+    return stopped
+
+
+def main(argv):
+    config = parse_options(Config, argv, 'Train SimFlow.', PRESETS)
+    config.check()
+    if config.dry_run:
+        return print_plan(config)
+    place = find_place(config.device, config.dtype, config.compile)
+    check_batch(config, place.world)
+    data = open_data(config.data)
+    broken = place.first(lambda: check(data))
+    place.print(f'{len(data):,} images, {len(data.class_names)} classes; {place.world} x {place.device.type}, '
+                f'{str(place.dtype).split(".")[1]}{", compiled" if place.compile else ""}')
+    if broken:
+        place.print(f'{len(broken)} unreadable images will be replaced by others: {", ".join(broken[:10])}')
+    try:
+        os.makedirs(config.out, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"--out {config.out} can't be written: {e.strerror}")
+    stopped = train(config, data, place)
+    ckpt = os.path.join(config.out, 'ckpt.pt')
+    if stopped:
+        place.print(f'stopped by {signal.Signals(stopped).name}; saved {ckpt}, the same command goes on from there')
+        sys.exit(130 if stopped == signal.SIGINT else 0)
+    place.print(f'finished: {ckpt}; python sample.py --ckpt {ckpt} makes images')
+
+
+if __name__ == '__main__':
+    cli(main)

@@ -1,0 +1,135 @@
+"""The VAE: LDM's convolutional autoencoder as MAR uses it, and SimFlow's one trick - a constant variance.
+
+A codec answers with a mean and a noise level, and decodes:
+
+    encode(image)   (B, 3, H, W) in [-1, 1] -> mu (B, T, D), sigma (a number, or (B, T, D) when it is learned)
+    decode(x)       (B, T, D) -> (B, 3, H, W)
+
+Training and sampling never ask which codec it is: x = mu + sigma * noise.
+"""
+import math
+
+import torch
+from torch import nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+def norm(channels):
+    """GroupNorm of 32 groups; of fewer where a group would hold under 4 channels, as a group of one would erase
+    the mean colour of its channel."""
+    return nn.GroupNorm(math.gcd(32, channels // 4), channels, eps=1e-6)
+
+
+class ResBlock(nn.Module):
+    def __init__(self, cin, cout):
+        super().__init__()
+        self.norm1, self.conv1 = norm(cin), nn.Conv2d(cin, cout, 3, padding=1)
+        self.norm2, self.conv2 = norm(cout), nn.Conv2d(cout, cout, 3, padding=1)
+        self.skip = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
+
+    def forward(self, h):
+        r = self.conv1(F.silu(self.norm1(h)))
+        r = self.conv2(F.silu(self.norm2(r)))
+        return self.skip(h) + r
+
+
+class SelfAttention(nn.Module):
+    """One head over all positions of the grid."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.norm = norm(c)
+        self.qkv = nn.Conv2d(c, 3 * c, 1)
+        self.proj = nn.Conv2d(c, c, 1)
+
+    def forward(self, h):
+        q, k, v = self.qkv(self.norm(h)).flatten(2).transpose(1, 2).chunk(3, dim=-1)       # 3 x (B, hw, c)
+        r = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]       # a head axis of 1
+        return h + self.proj(r.transpose(1, 2).reshape(h.shape))
+
+
+class Downsample(nn.Conv2d):
+    """Stride-2 convolution, padded at the right and the bottom only (LDM)."""
+
+    def __init__(self, c):
+        super().__init__(c, c, 3, stride=2)
+
+    def forward(self, h):
+        return super().forward(F.pad(h, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Conv2d):
+    def __init__(self, c):
+        super().__init__(c, c, 3, padding=1)
+
+    def forward(self, h):
+        return super().forward(F.interpolate(h, scale_factor=2.0, mode='nearest'))
+
+
+class Stack(nn.Sequential):
+    """Modules in a row, recomputed in backward one by one when `grad_ckpt` is set."""
+    grad_ckpt = False
+
+    def forward(self, h):
+        for module in self:
+            h = checkpoint(module, h, use_reentrant=False) if self.grad_ckpt and torch.is_grad_enabled() else module(h)
+        return h
+
+
+def middle(c):
+    return [ResBlock(c, c), SelfAttention(c), ResBlock(c, c)]
+
+
+def encoder(width, mults, patch, out_dim):
+    """(B, 3, H, W) -> (B, out_dim, H/f, W/f): two ResBlocks a level; the lowest level attends after each of them."""
+    c = width
+    layers = [nn.PixelUnshuffle(patch), nn.Conv2d(3 * patch ** 2, c, 3, padding=1)]
+    for i, mult in enumerate(mults):
+        lowest = i == len(mults) - 1
+        for _ in range(2):
+            layers += [ResBlock(c, width * mult)] + [SelfAttention(width * mult)] * lowest
+            c = width * mult
+        layers += [Downsample(c)] * (not lowest)
+    return Stack(*layers, *middle(c), norm(c), nn.SiLU(), nn.Conv2d(c, out_dim, 3, padding=1))
+
+
+def decoder(width, mults, in_dim):
+    """(B, in_dim, H/f, W/f) -> (B, width * mults[0], H/patch, W/patch): three ResBlocks a level, attention in the middle only."""
+    c = width * mults[-1]
+    layers = [nn.Conv2d(in_dim, c, 3, padding=1), *middle(c)]
+    for i, mult in reversed(list(enumerate(mults))):
+        for _ in range(3):
+            layers += [ResBlock(c, width * mult)]
+            c = width * mult
+        layers += [Upsample(c)] * (i > 0)
+    return Stack(*layers, norm(c), nn.SiLU())
+
+
+class VAE(nn.Module):
+    """SimFlow's codec. The encoder predicts no variance: sigma is a constant, so q(x | image) has constant entropy,
+    a floor under the noise that no amount of training can remove (SimFlow section 3.2).
+
+    width, mults: channels of the first level and multipliers of all.  patch: pixels a side that the first level takes
+    as one (1 in the paper; more is what makes it fast on a CPU).  The down-sampling factor is f = patch * 2^(levels - 1).
+    latent_dim: D.  T = (image_size / f)^2 tokens, row by row.
+    """
+
+    def __init__(self, width, mults, patch, latent_dim, sigma):
+        super().__init__()
+        self.sigma = sigma
+        self.encoder = encoder(width, mults, patch, latent_dim)
+        self.decoder = decoder(width, mults, latent_dim)
+        self.conv_out = nn.Conv2d(width * mults[0], 3 * patch ** 2, 3, padding=1)  # the adaptive GAN weight looks here
+        self.unpatch = nn.PixelShuffle(patch)
+
+    def encode(self, image):
+        """(B, 3, H, W) -> mu (B, T, D), each token of mean 0 and variance 1; sigma"""
+        mu = self.encoder(image).flatten(2).transpose(1, 2).float()        # (B, T, D)
+        return F.layer_norm(mu, mu.shape[-1:]), self.sigma
+
+    def decode(self, x):
+        """(B, T, D) -> (B, 3, H, W), about [-1, 1]"""
+        side = int(x.shape[1] ** 0.5)
+        h = self.decoder(x.transpose(1, 2).unflatten(2, (side, side)))
+        return self.unpatch(self.conv_out(h)).float()
