@@ -461,8 +461,9 @@ class Steps(Dataset):
 
 
 def ignore_interrupt(worker):
-    """Ctrl-C reaches all processes of a terminal; the main one alone is to answer."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Ctrl-C and a scheduler's SIGTERM reach all processes of a job; the main one alone is to answer."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def load(dataset, order, workers, pin=False):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import math
 import os
 import pickle
+import sys
 import typing
 
 import numpy as np
@@ -116,6 +117,10 @@ class Config:
         require(self.width % self.heads == 0, f'--width {self.width} must be a multiple of --heads {self.heads}')
         require(all(self.vae_width * m % 4 == 0 for m in self.vae_mults),
                 f'--vae_width {self.vae_width} times each of --vae_mults must be a multiple of 4')
+        require(self.image_size >= 3 * 2 ** self.gan_layers or not self.gan,
+                f'--image_size {self.image_size} is too small for --gan_layers {self.gan_layers}')
+        require(self.gan_width % 4 == 0, f'--gan_width {self.gan_width} must be a multiple of 4')
+        require(self.beta2 < 1, '--beta2 must be less than 1')
         require(self.l1 + self.l2 > 0, 'one of --l1 and --l2 must be positive: nothing else teaches the decoder')
         require(self.epochs + self.steps > 0, 'one of --steps and --epochs must be positive')
         require(self.dtype in ('', 'float32', 'bfloat16'), f'--dtype {self.dtype} must be float32 or bfloat16')
@@ -269,7 +274,8 @@ class Place:
 
     def print(self, text):
         if self.rank == 0:
-            tqdm.write(text)
+            tqdm.write(text)                                       # above a progress bar, if there is one
+            sys.stdout.flush()                                     # a log file shall not lag behind
 
 
 def find_place(device='', dtype='', compile=None):
@@ -384,7 +390,7 @@ class Discriminator(nn.Sequential):
         for i in range(1, layers + 1):
             cin, c = c, min(2 * c, 8 * width)
             stride = 2 if i < layers else 1
-            stack += [nn.Conv2d(cin, c, 4, stride, padding=1), nn.GroupNorm(math.gcd(16, c), c), nn.LeakyReLU(0.2)]
+            stack += [nn.Conv2d(cin, c, 4, stride, padding=1), nn.GroupNorm(math.gcd(16, c // 4), c), nn.LeakyReLU(0.2)]
         super().__init__(*stack, nn.Conv2d(c, 1, 4, padding=1))
 
 
@@ -441,16 +447,21 @@ class LPIPS(nn.Module):
         return total
 
 
+VGG16_URL = 'https://download.pytorch.org/models/vgg16-397923af.pth'
+HEADS_URL = 'https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth'
+
+
 def load_lpips(vgg_path='', heads_path=''):
     """-> LPIPS with its released weights, read from the paths or downloaded once. UserError if they can't be had."""
     folder = os.path.join(torch.hub.get_dir(), 'checkpoints')
-    advice = 'put it there by hand, name your copy with --{}, or train without the perceptual loss: --lpips 0 --l2 20'
-    vgg_path = vgg_path or fetch('https://download.pytorch.org/models/vgg16-397923af.pth',
-                                 os.path.join(folder, 'vgg16-397923af.pth'), 'sha256:397923af', advice.format('lpips_vgg'))
-    heads_path = heads_path or fetch('https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth',
-                                     os.path.join(folder, 'lpips_v0.1_vgg.pth'), 'md5:d507d7349b931f0638a25a48a722f98a',
-                                     advice.format('lpips_heads'))
+    advice = 'put it there by hand, name a copy with --{}, or train without the perceptual loss: --lpips 0 --l2 20'
+    vgg_path = vgg_path or fetch(VGG16_URL, os.path.join(folder, 'vgg16-397923af.pth'), 'sha256:397923af',
+                                 advice.format('lpips_vgg'))
+    heads_path = heads_path or fetch(HEADS_URL, os.path.join(folder, 'lpips_v0.1_vgg.pth'),
+                                     'md5:d507d7349b931f0638a25a48a722f98a', advice.format('lpips_heads'))
     try:
-        return LPIPS().load(*(torch.load(path, map_location='cpu', weights_only=True) for path in (vgg_path, heads_path)))
+        return LPIPS().load(*(torch.load(path, map_location='cpu', weights_only=True)
+                              for path in (vgg_path, heads_path)))
     except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as e:
-        raise UserError(f'{vgg_path} and {heads_path} are not the weights of VGG16 and of LPIPS ({type(e).__name__}); {advice}')
+        raise UserError(f'{vgg_path} and {heads_path} are not the weights of VGG16 and of LPIPS ({type(e).__name__}); '
+                        'name good copies with --lpips_vgg and --lpips_heads, or do without: --lpips 0 --l2 20')

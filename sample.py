@@ -2,7 +2,7 @@
 
     python sample.py --cfg 2.0 --gamma 0.25                          a labelled grid, out/grid.png
     python sample.py --classes heart 3 --n 64 --out hearts.png
-    torchrun --nproc_per_node=8 sample.py --n 50000 --out samples.npz
+    torchrun --nproc_per_node=8 -- sample.py --n 50000 --out samples.npz      (without --, torchrun takes --n)
 
 Image i depends on --seed and i alone: not on --batch_size, nor on the number of processes.
 """

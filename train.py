@@ -77,8 +77,9 @@ class Trainer:
         for module in self.model.modules():
             module.grad_ckpt = config.grad_ckpt
         if place.compile:                                          # in place, so names in checkpoints stay clean
-            for part in [self.model.vae.encoder, self.model.vae.decoder, *self.model.flow.blocks]:
-                part.compile(fullgraph=True)
+            layers = [layer for block in self.model.flow.blocks for layer in block.layers]
+            for part in [self.model.vae.encoder, self.model.vae.decoder, *layers]:
+                part.compile(fullgraph=True)                       # all layers share one graph: compiled once
         self.names = ['loss', 'l1', 'l2', 'nll', 'mu_std', 'grad_norm', 'replaced']
         if config.lpips:
             self.lpips = load_lpips(config.lpips_vgg, config.lpips_heads).to(place.device)
@@ -440,8 +441,8 @@ def main(argv):
         return print_plan(config)
     place = find_place(config.device, config.dtype, config.compile)
     check_batch(config, place.world)
+    broken = place.first(lambda: check(open_data(config.data)))    # downloads what is missing, once
     data = open_data(config.data)
-    broken = place.first(lambda: check(data))
     place.print(f'{len(data):,} images, {len(data.class_names)} classes; {place.world} x {place.device.type}, '
                 f'{str(place.dtype).split(".")[1]}{", compiled" if place.compile else ""}')
     if broken:
@@ -455,7 +456,7 @@ def main(argv):
     if stopped:
         place.print(f'stopped by {signal.Signals(stopped).name}; saved {ckpt}, the same command goes on from there')
         sys.exit(130 if stopped == signal.SIGINT else 0)
-    place.print(f'finished: {ckpt}; python sample.py --ckpt {ckpt} makes images')
+    place.print(f'saved {ckpt}; make images with: python sample.py --ckpt {ckpt}')
 
 
 if __name__ == '__main__':

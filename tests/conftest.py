@@ -1,0 +1,10 @@
+"""Tests import the modules of the folder above, and run on one thread, so that sums are made in one order."""
+import os
+import sys
+
+import torch
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+os.environ['OMP_NUM_THREADS'] = '1'                                # of the processes that tests start
+torch.set_num_threads(1)

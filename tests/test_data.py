@@ -1,0 +1,589 @@
+"""data.py: every image Pillow opens, every layout, the order of batches, downloads, packing."""
+import functools
+import gzip
+import hashlib
+import http.server
+import io
+import itertools
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+import zipfile
+
+import numpy as np
+from PIL import Image
+import pytest
+import torch
+
+import data
+from data import UserError, batches, check, crop, fetch, open_data, pack
+
+ROOT = os.path.dirname(os.path.abspath(data.__file__))
+
+
+# --------------------------------------------------------------------------------------------- tiny data sets
+
+def png(colour, size=(8, 8)):
+    file = io.BytesIO()
+    Image.new('RGB', size, colour).save(file, 'png')
+    return file.getvalue()
+
+
+def files(names):
+    """Relative name -> bytes of a small image, each of its own colour."""
+    return {name: png((20 * i, 255 - 20 * i, 7)) for i, name in enumerate(names)}
+
+
+SIX = files(['bird/1.png', 'bird/2.png', 'cat/1.png', 'cat/more/2.png', 'dog/1.png', 'dog/2.png'])
+
+
+def write_folder(path, contents):
+    for name, raw in contents.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(raw)
+    return str(path)
+
+
+def write_zip(path, contents, method=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, 'w', method) as z:
+        for name, raw in contents.items():
+            z.writestr(name, raw)
+    return str(path)
+
+
+def colours(d):
+    return [d.load(i).getpixel((0, 0)) for i in range(len(d))]
+
+
+@pytest.fixture
+def six(tmp_path):
+    return open_data(write_folder(tmp_path / 'six', SIX))
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """200 images, the second of which has a header and nothing else, so that `check` lets it pass."""
+    contents = {f'{i:03d}.png': png((i, 0, 0)) for i in range(200)}
+    contents['001.png'] = contents['001.png'][:50]
+    return open_data(write_folder(tmp_path / 'damaged', contents))
+
+
+# -------------------------------------------------------------------------------------------------- one image
+
+def load_one(tmp_path, name, save):
+    """What `load` makes of the only image in a folder; save(path) writes it."""
+    folder = tmp_path / 'one'
+    folder.mkdir()
+    save(folder / name)
+    return np.asarray(open_data(str(folder)).load(0)).astype(int)
+
+
+def ramp(mode):
+    return Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).convert('RGB').convert(mode)
+
+
+@pytest.mark.parametrize('mode, name, slack', [
+    ('L', 'x.png', 0), ('LA', 'x.png', 0), ('P', 'x.png', 0), ('RGB', 'x.PNG', 0), ('RGBA', 'x.png', 0),
+    ('RGB', 'x.bmp', 0), ('L', 'x.gif', 0), ('RGB', 'x.webp', 32), ('RGB', 'x.JPEG', 16), ('L', 'x.jpg', 16),
+    ('CMYK', 'x.jpg', 16), ('CMYK', 'x.tif', 4), ('YCbCr', 'x.tif', 4), ('RGB', 'x.ppm', 0)])
+def test_mode_becomes_rgb(tmp_path, mode, name, slack):
+    grey = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
+    image = grey.convert('P') if mode == 'P' else grey.convert('RGB').convert(mode)
+    pixels = load_one(tmp_path, name, image.save)
+    assert pixels.shape == (16, 16, 3)
+    assert np.abs(pixels - np.asarray(grey)[..., None].astype(int)).max() <= slack
+
+
+def test_bits_become_black_and_white(tmp_path):
+    pixels = load_one(tmp_path, 'x.png', Image.fromarray(np.eye(5) > 0).save)
+    assert (pixels == 255 * np.eye(5)[..., None]).all()
+
+
+@pytest.mark.parametrize('name', ['x.png', 'x.tif', 'x.pgm'])
+def test_16_bit_grey_is_scaled_not_clipped(tmp_path, name):
+    values = np.array([[0, 257 * 100, 257 * 200, 65535]], np.uint16)
+    pixels = load_one(tmp_path, name, Image.fromarray(values).save)
+    assert pixels[0, :, 1].tolist() == [0, 100, 200, 255]
+
+
+@pytest.mark.parametrize('mode, clear', [('RGBA', (9, 9, 9, 0)), ('LA', (9, 0))])
+def test_transparent_becomes_white(tmp_path, mode, clear):
+    assert (load_one(tmp_path, 'x.png', Image.new(mode, (3, 3), clear).save) == 255).all()
+
+
+def test_half_transparent_is_mixed_with_white(tmp_path):
+    pixels = load_one(tmp_path, 'x.png', Image.new('RGBA', (3, 3), (0, 0, 0, 128)).save)
+    assert np.abs(pixels - 127).max() <= 1
+
+
+@pytest.mark.parametrize('name', ['x.png', 'x.gif'])
+def test_transparent_palette_entry_becomes_white(tmp_path, name):
+    image = Image.new('P', (4, 4), 1)
+    image.putpalette([0, 0, 0, 250, 0, 0])
+    image.putpixel((0, 0), 0)
+    pixels = load_one(tmp_path, name, lambda path: image.save(path, transparency=0))
+    assert pixels[0, 0].tolist() == [255, 255, 255] and pixels[3, 3].tolist() == [250, 0, 0]
+
+
+def test_exif_rotation_is_applied(tmp_path):
+    image = Image.new('RGB', (6, 4), 'black')
+    image.paste('white', (0, 0, 2, 4))                             # white at the left
+    exif = Image.Exif()
+    exif[0x0112] = 6                                               # to be shown turned clockwise
+    pixels = load_one(tmp_path, 'x.png', lambda path: image.save(path, exif=exif))
+    assert pixels.shape == (6, 4, 3) and (pixels[:2] == 255).all() and (pixels[2:] == 0).all()
+
+
+def test_first_frame_of_an_animation(tmp_path):
+    frames = [Image.new('RGB', (4, 4), c) for c in ('red', 'blue', 'lime')]
+    save = functools.partial(frames[0].save, save_all=True, append_images=frames[1:])
+    pixels = load_one(tmp_path, 'x.gif', save)
+    assert pixels[0, 0].tolist() == [255, 0, 0]
+
+
+def test_huge_image_is_no_bomb(tmp_path):
+    Image.new('1', (20_000, 10_000)).save(tmp_path / 'x.png', compress_level=1)
+    assert check(open_data(str(tmp_path))) == []
+
+
+# ------------------------------------------------------------------------------------------------------- crop
+
+def box(x):
+    return (x > -0.5) & (x <= 0.5)
+
+
+def cubic(x):
+    """Keys 1981, with a = -0.5"""
+    x = np.abs(x)
+    return np.where(x < 1, (1.5 * x - 2.5) * x ** 2 + 1, (x < 2) * (((-0.5 * x + 2.5) * x - 4) * x + 2))
+
+
+def slow_resize(pixels, h, w, kernel):
+    """(h0, w0) -> (h, w): sums over all pixels, the kernel as wide as what becomes one pixel"""
+    def weights(n, m):
+        stretch = max(1, n / m)
+        matrix = kernel((np.arange(n) + 0.5 - (np.arange(m)[:, None] + 0.5) * n / m) / stretch).astype(float)
+        return matrix / matrix.sum(1, keepdims=True)
+
+    return weights(pixels.shape[0], h) @ pixels @ weights(pixels.shape[1], w).T
+
+
+def slow_crop(pixels, size):
+    """One channel (h, w) -> (size, size)"""
+    while min(pixels.shape) >= 2 * size:
+        pixels = slow_resize(pixels, pixels.shape[0] // 2, pixels.shape[1] // 2, box)
+    pixels = slow_resize(pixels, *(round(n * size / min(pixels.shape)) for n in pixels.shape), cubic)
+    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
+    return pixels[top:top + size, left:left + size]
+
+
+@pytest.mark.parametrize('w, h, size', [(32, 32, 32), (64, 64, 32), (100, 64, 16), (40, 90, 32), (33, 47, 8),
+                                        (20, 28, 32)])
+def test_crop_is_the_reference(w, h, size):
+    # The middle greys: Pillow clips to bytes between its two passes, whose order is its own affair.
+    pixels = np.random.default_rng(0).integers(64, 192, (h, w), dtype=np.uint8)
+    error = crop(Image.fromarray(pixels).convert('RGB'), size)[..., 0] - slow_crop(pixels.astype(float), size)
+    assert np.abs(error).max() <= 2                                # it rounds there as well
+
+
+@pytest.mark.parametrize('w, h', [(1, 1), (1, 5), (7, 2), (31, 500)])
+def test_crop_has_the_size_asked_for(w, h):
+    pixels = crop(Image.new('RGB', (w, h), (1, 2, 3)), 16)
+    assert pixels.shape == (16, 16, 3) and pixels.dtype == np.uint8 and (pixels == (1, 2, 3)).all()
+
+
+# ---------------------------------------------------------------------------------------------------- layouts
+
+LAYOUTS = {
+    'folder': lambda path, contents: write_folder(path / 'data', contents),
+    'zip': lambda path, contents: write_zip(path / 'data.zip', contents),
+    'deflated zip': lambda path, contents: write_zip(path / 'data.zip', contents, zipfile.ZIP_DEFLATED),
+    'wrapped zip': lambda path, contents: write_zip(
+        path / 'data.zip', {f'a/b/{name}': raw for name, raw in contents.items()}),
+    'unsorted zip': lambda path, contents: write_zip(path / 'data.zip', dict(reversed(contents.items()))),
+}
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_layouts_agree(tmp_path, six, layout):
+    d = open_data(LAYOUTS[layout](tmp_path, SIX))
+    assert d.class_names == ['bird', 'cat', 'dog'] and d.mirror
+    assert d.labels.tolist() == [0, 0, 1, 1, 2, 2] and d.labels.dtype == np.int64
+    assert colours(d) == colours(six) and d.name(3).endswith('cat/more/2.png')
+
+
+def test_other_files_are_ignored(tmp_path, six):
+    junk = ['README.txt', '.DS_Store', 'cat/.DS_Store', '__MACOSX/cat/._1.png', 'cat/._1.png', '.cache/1.png',
+            'x/list.csv']
+    for d in (open_data(write_folder(tmp_path / 'junk', SIX | dict.fromkeys(junk, b'?'))),
+              open_data(write_zip(tmp_path / 'junk.zip', SIX | dict.fromkeys(junk, b'?')))):
+        assert d.class_names == six.class_names and colours(d) == colours(six) and check(d) == []
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_flat_data_has_no_classes(tmp_path, layout):
+    d = open_data(LAYOUTS[layout](tmp_path, files(['1.png', '2.png', '3.png'])))
+    assert d.class_names == [] and d.labels.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_dataset_json(tmp_path, layout):
+    names = ['00000/img0.png', '00000/img1.png', '00001/img2.png']
+    labels = {'labels': [[name, label] for name, label in zip(names, (6, 0, 2))]}
+    d = open_data(LAYOUTS[layout](tmp_path, files(names) | {'dataset.json': json.dumps(labels).encode()}))
+    assert d.labels.tolist() == [6, 0, 2] and d.class_names == list('0123456')
+
+
+def test_dataset_json_without_labels(tmp_path):
+    contents = files(['a/1.png', 'b/2.png']) | {'dataset.json': b'{"labels": null}'}
+    d = open_data(write_folder(tmp_path, contents))
+    assert d.class_names == [] and d.labels.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize('text', ['{', '{}', '[]', '{"labels": [["a/1.png", 0]]}',
+                                  '{"labels": [["a/1.png", 0], ["b/2.png", -1]]}'])
+def test_dataset_json_that_makes_no_sense(tmp_path, text):
+    path = write_folder(tmp_path, files(['a/1.png', 'b/2.png']) | {'dataset.json': text.encode()})
+    with pytest.raises(UserError, match='dataset.json in .* must say'):
+        open_data(path)
+
+
+def test_what_is_no_data_is_told_in_a_sentence(tmp_path):
+    (tmp_path / 'empty').mkdir()
+    (tmp_path / 'text.zip').write_text('no zip')
+    write_zip(tmp_path / 'cut.zip', SIX)
+    os.truncate(tmp_path / 'cut.zip', 700)
+    write_zip(tmp_path / 'none.zip', {'README.txt': b'?'})
+    write_folder(tmp_path / 'mixed', files(['1.png', 'cat/2.png']))
+    for name, words in {'empty': 'no images in', 'missing': 'there is no', 'text.zip': 'neither a folder nor',
+                        'cut.zip': 'neither a folder nor', 'none.zip': 'no images in',
+                        'mixed': 'beside its class'}.items():
+        with pytest.raises(UserError, match=words) as e:
+            open_data(str(tmp_path / name))
+        assert name in str(e.value) and '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize('layout', ['folder', 'deflated zip'])
+def test_data_can_be_pickled(tmp_path, layout):
+    d = open_data(LAYOUTS[layout](tmp_path, SIX))
+    assert colours(pickle.loads(pickle.dumps(d))) == colours(d)
+
+
+# ------------------------------------------------------------------------------------------------------ check
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_check_names_what_is_damaged(tmp_path, layout):
+    contents = {f'{i:03d}.png': png('red') for i in range(150)}
+    contents['007.png'] = b'not a png'
+    assert [name[-7:] for name in check(open_data(LAYOUTS[layout](tmp_path, contents)))] == ['007.png']
+    contents['009.png'] = b''
+    with pytest.raises(UserError, match='2 of 150 images are unreadable, such as .*007.png, .*009.png; '):
+        check(open_data(LAYOUTS[layout](tmp_path, contents)))
+
+
+def test_check_reads_on_where_the_start_is_not_enough(tmp_path):
+    file = io.BytesIO()
+    Image.new('RGB', (8, 8)).save(file, 'jpeg', icc_profile=bytes(200_000))     # stands before the size
+    d = open_data(write_zip(tmp_path / 'data.zip', {'1.jpg': file.getvalue()}))
+    assert check(d) == []
+
+
+# ---------------------------------------------------------------------------------------------------- batches
+
+def feed(d, start, steps, batch_size=4, seed=0, flip=True, **options):
+    return list(batches(d, 8, batch_size, seed, flip, start, steps, **options))
+
+
+def same(a, b):
+    return len(a) == len(b) and all(torch.equal(x[0], y[0]) and torch.equal(x[1], y[1]) and x[2] == y[2]
+                                    for x, y in zip(a, b))
+
+
+@pytest.fixture(scope='module')
+def shapes():
+    return open_data('shapes')
+
+
+def test_batch_format(shapes):
+    (images, labels, replaced), = feed(shapes, 0, 1)
+    assert images.shape == (4, 3, 8, 8) and images.dtype == torch.uint8
+    assert labels.shape == (4,) and labels.dtype == torch.int64 and replaced == 0
+
+
+def test_batches_depend_on_the_seed_alone(shapes):
+    assert same(feed(shapes, 0, 3), feed(shapes, 0, 3))
+    assert not same(feed(shapes, 0, 3), feed(shapes, 0, 3, seed=1))
+
+
+def test_resumed_batches_are_the_tail(damaged):
+    whole = feed(damaged, 0, 60)
+    assert same(whole[45:], feed(damaged, 45, 60)) and sum(replaced for *_, replaced in whole) > 0
+
+
+@pytest.mark.parametrize('workers', [1, 2])
+def test_workers_change_nothing(damaged, workers):
+    assert same(feed(damaged, 0, 60), feed(damaged, 0, 60, workers=workers))
+
+
+def test_two_ranks_make_one_batch(damaged):
+    whole = feed(damaged, 0, 60)
+    halves = [feed(damaged, 0, 60, rank=r, world=2) for r in (0, 1)]
+    for (images, labels, replaced), *ranks in zip(whole, *halves, strict=True):
+        assert torch.equal(images, torch.cat([r[0] for r in ranks]))
+        assert torch.equal(labels, torch.cat([r[1] for r in ranks]))
+        assert replaced == sum(r[2] for r in ranks)
+
+
+@pytest.mark.parametrize('batch_size', [4, 5, 15])
+def test_every_epoch_shows_every_image_once(six, batch_size):
+    steps = -(-18 // batch_size)
+    reds = torch.cat([images[:, 0, 0, 0] for images, *_ in feed(six, 0, steps, batch_size)]).tolist()
+    epochs = [reds[i:i + 6] for i in (0, 6, 12)]
+    assert all(sorted(epoch) == [0, 20, 40, 60, 80, 100] for epoch in epochs) and epochs[0] != epochs[1]
+
+
+def test_labels_stay_with_their_images(six):
+    for images, labels, _ in feed(six, 0, 6):
+        assert torch.equal(images[:, 0, 0, 0].long() // 40, labels)
+
+
+def test_flip_mirrors_half_of_the_images(shapes):
+    plain, flipped = (torch.cat([step[0] for step in feed(shapes, 0, 16, flip=f)]) for f in (False, True))
+    mirrored = (flipped == plain.flip(3)).flatten(1).all(1)
+    assert ((flipped == plain).flatten(1).all(1) | mirrored).all() and 16 < mirrored.sum() < 48
+
+
+def test_unreadable_images_are_replaced_and_counted(damaged):
+    seen = feed(damaged, 0, 100, batch_size=4)                     # two epochs
+    reds = torch.cat([images[:, 0, 0, 0] for images, *_ in seen])
+    assert sum(replaced for *_, replaced in seen) == 2 and (reds != 1).all() and len(reds) == 400
+
+
+def test_too_many_unreadable_images_stop_the_run(tmp_path):
+    contents = {f'{i:02d}.png': png('red')[:50 if i % 10 == 0 else None] for i in range(50)}
+    d = open_data(write_folder(tmp_path / 'bad', contents))
+    assert check(d) == []
+    with pytest.raises(UserError, match='of [0-9]* images are unreadable, such as .*0.png'):
+        feed(d, 0, 100)
+
+
+def test_nothing_but_unreadable_images(tmp_path):
+    d = open_data(write_folder(tmp_path / 'bad', {'1.png': png('red')[:50]}))
+    with pytest.raises(UserError, match='a hundred images') as e:
+        feed(d, 0, 100, workers=1)
+    assert '\n' not in str(e.value)
+
+
+# -------------------------------------------------------------------------------------------------- downloads
+
+@pytest.fixture
+def server(tmp_path):
+    """-> folder that is served, its address"""
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    folder = tmp_path / 'served'
+    folder.mkdir()
+    handler = functools.partial(Handler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as s:
+        threading.Thread(target=s.serve_forever, args=(0.02,), daemon=True).start()
+        yield folder, f'http://127.0.0.1:{s.server_port}'
+        s.shutdown()
+
+
+def md5(raw):
+    return 'md5:' + hashlib.md5(raw).hexdigest()
+
+
+def test_fetch_downloads_once(tmp_path, server):
+    folder, address = server
+    (folder / 'x').write_bytes(b'weights')
+    path = tmp_path / 'new' / 'folder' / 'x'
+    sha256 = 'sha256:' + hashlib.sha256(b'weights').hexdigest()[:8]
+    assert fetch(f'{address}/x', str(path), sha256) == str(path) and path.read_bytes() == b'weights'
+    (folder / 'x').unlink()
+    fetch(f'{address}/x', str(path), sha256)                       # a good file needs no server
+    assert os.listdir(path.parent) == ['x']
+
+
+def test_fetch_replaces_a_truncated_file(tmp_path, server):
+    folder, address = server
+    (folder / 'x').write_bytes(b'weights')
+    (tmp_path / 'x').write_bytes(b'wei')
+    fetch(f'{address}/x', str(tmp_path / 'x'), md5(b'weights'))
+    assert (tmp_path / 'x').read_bytes() == b'weights'
+
+
+@pytest.mark.parametrize('url', ['/corrupt', '/missing', 'http://127.0.0.1:1/x', 'nonsense'])
+def test_fetch_fails_in_a_sentence_and_leaves_nothing(tmp_path, server, url):
+    folder, address = server
+    (folder / 'corrupt').write_bytes(b'weigths')
+    url = address + url if url.startswith('/') else url
+    path = tmp_path / 'cache' / 'x'
+    with pytest.raises(UserError) as e:
+        fetch(url, str(path), md5(b'weights'), hint='give it with --weights')
+    assert all(part in str(e.value) for part in (url, str(path), '--weights')) and '\n' not in str(e.value)
+    assert os.listdir(path.parent) == []
+
+
+def serve(monkeypatch, tmp_path, server, table, contents):
+    """Let the data set of `table` be these files on the local server, and the cache be empty."""
+    folder, address = server
+    write_folder(folder, contents)
+    monkeypatch.setattr(data, table, (address, {name: md5(raw) for name, raw in contents.items()}))
+    monkeypatch.setattr(data, 'CACHE', str(tmp_path / 'cache'))
+
+
+def test_cifar10(monkeypatch, tmp_path, server):
+    rows = np.random.default_rng(0).integers(0, 256, (5, 2, 3073), dtype=np.uint8)
+    rows[..., 0] = np.arange(10).reshape(5, 2)
+    members = {f'data_batch_{i + 1}.bin': rows[i].tobytes() for i in range(5)}
+    members |= {'test_batch.bin': b'?', 'batches.meta.txt': '\n'.join('abcdefghij').encode() + b'\n\n'}
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode='w:gz') as tar:
+        for name, raw in members.items():
+            info = tarfile.TarInfo(f'cifar-10-batches-bin/{name}')
+            info.size = len(raw)
+            tar.addfile(info, io.BytesIO(raw))
+    serve(monkeypatch, tmp_path, server, 'CIFAR10', {'cifar-10-binary.tar.gz': archive.getvalue()})
+    d = open_data('cifar10')
+    assert d.class_names == list('abcdefghij') and d.labels.tolist() == list(range(10)) and d.mirror
+    planes = rows[1, 0, 1:].reshape(3, 32, 32)                     # image 2
+    assert (np.asarray(d.load(2)) == planes.transpose(1, 2, 0)).all()
+
+
+def test_fashion_mnist(monkeypatch, tmp_path, server):
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 28, 28), dtype=np.uint8)
+    serve(monkeypatch, tmp_path, server, 'FASHION_MNIST', {
+        'train-images-idx3-ubyte.gz': gzip.compress(bytes(16) + pixels.tobytes()),
+        'train-labels-idx1-ubyte.gz': gzip.compress(bytes(8) + bytes([9, 0, 3]))})
+    d = open_data('fashion_mnist')
+    assert [d.class_names[label] for label in d.labels] == ['ankle-boot', 't-shirt', 'dress'] and d.mirror
+    image = np.asarray(d.load(1))
+    assert (image[2:30, 2:30] == pixels[1, ..., None]).all() and image[2:30, 2:30].sum() == image.sum()
+    assert crop(d.load(1), 32).tolist() == image.tolist()
+
+
+# ----------------------------------------------------------------------------------------------------- shapes
+
+def test_shapes_depend_on_the_index_alone(shapes):
+    again = open_data('shapes')
+    assert all(shapes.load(i).tobytes() == again.load(i).tobytes() for i in (0, 7, 99_999))
+    assert len({crop(shapes.load(i), 32).tobytes() for i in range(200)}) == 200
+
+
+def test_shapes_are_balanced(shapes):
+    assert len(shapes) == 100_000 and len(shapes.class_names) == 10
+    assert shapes.class_names == sorted(shapes.class_names)
+    assert np.bincount(shapes.labels).tolist() == [10_000] * 10
+    assert check(shapes) == []
+
+
+def test_shapes_stay_inside_the_picture(shapes):
+    """The background changes from top to bottom only, so at the border every row is of one colour."""
+    for i in range(50):
+        pixels = np.asarray(shapes.load(i)).astype(int)
+        assert np.ptp(pixels[:, [0, 1, -2, -1]], axis=1).max() == 0 and np.ptp(pixels[:2], axis=1).max() == 0
+
+
+# ---------------------------------------------------------------------------------------------------- packing
+
+def test_packed_is_cropped(tmp_path, damaged):
+    path = str(tmp_path / 'packed.zip')
+    assert pack(damaged, path, 6, workers=0) == ['001.png']
+    packed = open_data(path)
+    kept = [i for i in range(200) if i != 1]
+    assert len(packed) == 199 and all((np.asarray(packed.load(j)) == crop(damaged.load(i), 6)).all()
+                                      for j, i in enumerate(kept))
+
+
+def test_packed_keeps_classes(tmp_path, six):
+    path = str(tmp_path / 'packed.zip')
+    pack(six, path, 8, workers=2)
+    packed = open_data(path)
+    assert packed.class_names == six.class_names and packed.labels.tolist() == six.labels.tolist()
+    assert colours(packed) == colours(six)
+    with zipfile.ZipFile(path) as z:
+        assert z.testzip() is None and {info.compress_type for info in z.infolist()} == {zipfile.ZIP_STORED}
+
+
+@pytest.mark.parametrize('lost', [0, 1, 40, 10_000])
+def test_packing_goes_on_where_it_was_killed(tmp_path, monkeypatch, damaged, lost):
+    """lost: bytes of the end that a crash took along; even all of them do no harm."""
+    pack(damaged, str(tmp_path / 'whole.zip'), 8, workers=0)
+    partial, load = tmp_path / 'packed.zip.8.partial', data.load
+    monkeypatch.setattr(data, 'load', lambda *args: itertools.islice(load(*args), 30))
+    monkeypatch.setattr(os, 'replace', lambda *args: None)
+    pack(damaged, str(tmp_path / 'packed.zip'), 8, workers=0)
+    directory = partial.read_bytes().index(b'PK\1\2')              # a killed process has not written it
+    os.truncate(partial, max(0, directory - lost))
+    monkeypatch.undo()
+    assert pack(damaged, str(tmp_path / 'packed.zip'), 8, workers=0) == ['001.png']
+    assert (tmp_path / 'packed.zip').read_bytes() == (tmp_path / 'whole.zip').read_bytes()
+    assert not partial.exists()
+
+
+# ---------------------------------------------------------------------------------------------- command lines
+
+def run(*args):
+    return subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+def test_command_packs(tmp_path, damaged):
+    done = run('data.py', damaged.source.path, str(tmp_path / 'x.zip'), '--size', '8', '--workers', '1')
+    assert done.returncode == 0 and '199 images' in done.stdout and '001.png' in done.stdout
+    assert len(open_data(str(tmp_path / 'x.zip'))) == 199
+
+
+@pytest.mark.parametrize('args, words', [
+    ('nowhere x.zip', 'there is no nowhere'), ('shapes x.zip --size 0', '--size'), ('shapes', 'dst'),
+    ('shapes x.zip --sise 8', '--sise'), ('shapes full.zip', 'exists already'),
+    ('shapes no/folder/x.zip', 'could not be written')])
+def test_mistakes_end_in_a_sentence(tmp_path, monkeypatch, capsys, args, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'full.zip').touch()
+    monkeypatch.setattr(sys, 'argv', ['data.py', *args.split()])
+    with pytest.raises(SystemExit) as e:
+        data.cli(data.main)
+    out, err = capsys.readouterr()
+    assert e.value.code == 2 and not out
+    assert err.startswith('error: ') and words in err and err.count('\n') == 1
+
+
+def test_closed_pipe_is_quiet():
+    program = 'import data; data.cli(lambda argv: print(list(range(10 ** 6))))'
+    command = f'"{sys.executable}" -c "{program}" | true'
+    done = subprocess.run(command, cwd=ROOT, shell=True, capture_output=True)
+    assert done.stderr == b''
+
+
+def test_interrupt_is_quiet(tmp_path):
+    """As a terminal does it: Ctrl-C goes to the program and to its workers."""
+    command = [sys.executable, 'data.py', 'shapes', str(tmp_path / 'x.zip'), '--size', '64', '--workers', '2']
+    program = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)
+    partial = tmp_path / 'x.zip.64.partial'
+    while not partial.exists() or not partial.stat().st_size:
+        assert program.poll() is None
+        time.sleep(0.05)
+    os.killpg(program.pid, signal.SIGINT)
+    _, err = program.communicate(timeout=30)
+    assert program.returncode == 130 and 'Traceback' not in err and 'interrupted' in err and partial.exists()
+
+
+def test_killed_worker_is_told_in_a_sentence():
+    done = run('-c', '''
+import os, signal, data
+class Deadly(data.Data):
+    def load(self, i):
+        os.kill(os.getpid(), signal.SIGKILL)
+data.cli(lambda argv: list(data.batches(Deadly([], [0] * 9), 8, 4, 0, False, 0, 5, workers=1)))
+''')
+    assert done.returncode == 2 and 'fewer --workers' in done.stderr and 'Traceback' not in done.stderr

@@ -1,0 +1,193 @@
+"""The flow: an exact bijection with an exact log-determinant, causal in both orders, guided as the algebra says."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from flow import Block, Flow, guide
+from model import Config, PRESETS
+
+B, T, D, CLASSES = 3, 6, 4, 5
+
+
+def perturbed(module, log_scale=0.2):
+    """A new flow is the identity and proves nothing: give the zero-initialised layers some weight."""
+    torch.manual_seed(1)
+    for name, p in module.named_parameters():
+        if 'ada' in name:
+            p.data.normal_(std=0.3 / math.sqrt(p.shape[-1]))
+        if 'proj_out.weight' in name:
+            p.data.normal_(std=log_scale / math.sqrt(p.shape[-1]))
+    return module
+
+
+def small_flow(layers=(1, 1, 2), tokens=T, dim=D, classes=CLASSES, width=16):
+    torch.manual_seed(0)
+    return perturbed(Flow(dim, tokens, width, 2, layers, classes))
+
+
+@pytest.fixture
+def x():
+    return torch.randn(B, T, D, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture
+def y():
+    return torch.tensor([0, 3, CLASSES])                           # two classes and "no class"
+
+
+# Table 8 of the paper prints 37M, 141M, 475M, 695M and 1.4B.
+@pytest.mark.parametrize('size, count', [('S', 37_035_264), ('B', 141_309_696), ('L', 474_858_240),
+                                         ('XL', 695_306_496), ('XXL', 1_364_650_752)])
+def test_parameter_counts(size, count):
+    c = Config(**PRESETS[size])
+    with torch.device('meta'):
+        flow = Flow(c.latent_dim, c.tokens, c.width, c.heads, c.layers, classes=1000)
+    assert sum(p.numel() for p in flow.parameters()) == count
+
+
+def test_new_flow_is_the_identity(x, y):
+    flow = Flow(D, T, 16, 2, (1, 1), CLASSES)
+    z, logdet = flow(x, y)
+    assert torch.equal(z, x) and torch.equal(logdet, torch.zeros(B))
+    gauss = -torch.distributions.Normal(0, 1).log_prob(x).mean((1, 2)) - 0.5 * math.log(2 * math.pi)
+    torch.testing.assert_close(flow.nll(x, y), gauss)
+
+
+@pytest.mark.parametrize('tokens, dim, width', [(T, D, 16), (64, 16, 64)])
+def test_sampling_inverts_the_flow(tokens, dim, width):
+    flow = small_flow((2, 2, 2, 4), tokens, dim, width=width)
+    x = torch.randn(4, tokens, dim, generator=torch.Generator().manual_seed(3))
+    y = torch.arange(4)
+    z, logdet = flow(x, y)
+    log_scale = flow.blocks[0].predict(x, y)[1]
+    assert 0.1 < log_scale.std() < 0.4 and logdet.abs().min() > 0  # not the identity
+    assert (flow.sample(z, y) - x).abs().max() <= 1e-4 * x.abs().max()
+    assert (flow(flow.sample(x, y), y)[0] - x).abs().max() <= 1e-4 * x.abs().max()
+
+
+def test_logdet_is_that_of_the_jacobian(x, y):
+    flow = small_flow()
+    _, logdet = flow(x, y)
+    for i in range(B):
+        jacobian = torch.autograd.functional.jacobian(lambda v: flow(v.view(1, T, D), y[i:i + 1])[0].flatten(),
+                                                      x[i].flatten())
+        torch.testing.assert_close(torch.linalg.slogdet(jacobian.double()).logabsdet.float(), logdet[i],
+                                   rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('reverse', [False, True])
+def test_a_block_is_causal(x, y, reverse):
+    """z_t depends on x_t affinely and on tokens read before it; on none read after it."""
+    block = perturbed(Block(D, T, 16, 2, 2, CLASSES, reverse))
+    jacobian = torch.autograd.functional.jacobian(lambda v: block(v, y[:1])[0], x[:1])[0, :, :, 0]    # (T, D, T, D)
+    depends = jacobian.abs().amax((1, 3)) > 0                                                         # (T, T)
+    expected = torch.ones(T, T).tril().bool()
+    assert torch.equal(depends, expected.T if reverse else expected)
+
+
+def test_alternate_blocks_read_backwards():
+    assert [block.reverse for block in small_flow((1,) * 6).blocks] == [False, True] * 3
+
+
+def inverse_slowly(block, z, y, cfg):
+    """The definition: token t + 1 from all tokens before it, every one of them read again each time; two passes."""
+    z = block.order(z)
+    x = z.clone()
+    null = torch.full_like(y, CLASSES)
+    for t in range(z.shape[1] - 1):
+        mu, log_scale = (p[:, t] for p in block.predict(x[:, :t + 1], y))
+        if cfg:
+            mu_u, log_scale_u = (p[:, t] for p in block.predict(x[:, :t + 1], null))
+            mu, log_scale = guide(mu, mu_u, log_scale, log_scale_u, cfg)
+        x[:, t + 1] = mu + log_scale.exp() * z[:, t + 1]
+    return block.order(x)
+
+
+@pytest.mark.parametrize('reverse', [False, True])
+@pytest.mark.parametrize('cfg', [0.0, 2.0])
+def test_cached_decoding_is_the_slow_one(x, y, reverse, cfg):
+    block = perturbed(Block(D, T, 16, 2, 2, CLASSES, reverse))
+    with torch.no_grad():
+        torch.testing.assert_close(block.inverse(x, y, cfg), inverse_slowly(block, x, y, cfg), rtol=1e-4, atol=1e-5)
+
+
+def test_guidance_is_the_product_of_densities():
+    """p_c^(1+w) / p_u^w, normalised on a grid, where sigma_c <= sigma_u."""
+    grid = torch.linspace(-30, 30, 60_001, dtype=torch.float64)
+    log_density = lambda mu, sigma: -0.5 * ((grid - mu) / sigma) ** 2 - math.log(sigma)
+    for mu_c, mu_u, sigma_c, sigma_u, w in [(0.3, -0.5, 0.5, 0.8, 1.0), (-1.0, 2.0, 1.0, 1.0, 3.0), (2, 1, 0.2, 2.0, 0.5)]:
+        p = torch.softmax((1 + w) * log_density(mu_c, sigma_c) - w * log_density(mu_u, sigma_u), 0)
+        mean = (p * grid).sum()
+        std = (p * (grid - mean) ** 2).sum().sqrt()
+        mu, log_scale = guide(*torch.tensor([mu_c, mu_u, math.log(sigma_c), math.log(sigma_u)]).double(), w)
+        assert abs(mu - mean) < 1e-6 and abs(log_scale.exp() - std) < 1e-6
+
+
+def test_guidance_off_and_clipped():
+    mu_c, mu_u, a_c, a_u = torch.randn(4, 100, generator=torch.Generator().manual_seed(0))
+    mu, log_scale = guide(mu_c, mu_u, a_c, a_u, 0.0)
+    assert torch.equal(mu, mu_c) and torch.equal(log_scale, a_c)
+    # wider than the unconditional: as if the two were equally wide, so never wider than the conditional
+    a_u = a_c - a_u.abs()
+    mu, log_scale = guide(mu_c, mu_u, a_c, a_u, 3.0)
+    torch.testing.assert_close(mu, mu_c + 3 * (mu_c - mu_u))
+    torch.testing.assert_close(log_scale, a_c)
+
+
+def test_guided_sampling_agrees_with_a_guided_forward_of_the_deep_block(x, y):
+    """Teacher-forced: given the guided sample, every guided mu and log_scale at once, then invert them."""
+    flow = small_flow()
+    deep, w = flow.blocks[-1], 2.0
+    with torch.no_grad():
+        sample = deep.order(deep.inverse(x, y, w))
+        cond, uncond = deep.predict(sample, y), deep.predict(sample, torch.full_like(y, CLASSES))
+        mu, log_scale = (F.pad(p[:, :-1], (0, 0, 1, 0)) for p in guide(cond[0], uncond[0], cond[1], uncond[1], w))
+        torch.testing.assert_close(deep.order((sample - mu) * torch.exp(-log_scale)), x, rtol=1e-4, atol=1e-4)
+
+
+def test_only_the_deep_block_is_guided(x, y):
+    flow = small_flow()
+    with torch.no_grad():
+        h = flow.blocks[-1].inverse(x, y, 2.0)
+        for block in reversed(flow.blocks[:-1]):
+            h = block.inverse(h, y)
+    assert torch.equal(flow.sample(x, y, 2.0), h)
+    assert not torch.allclose(flow.sample(x, y), h)
+
+
+def test_score_is_the_gradient_of_log_density(x, y):
+    flow, h = small_flow(), 1e-2
+    score, direction = flow.score(x, y), torch.randn(B, T, D, generator=torch.Generator().manual_seed(5))
+    log_p = lambda v: -flow.nll(v, y).double() * T * D
+    slope = (log_p(x + h * direction) - log_p(x - h * direction)) / (2 * h)
+    torch.testing.assert_close((score * direction).sum((1, 2)).double(), slope, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize('micro_batch', [1, 2, 3])
+def test_score_step_in_micro_batches(x, y, micro_batch):
+    flow = small_flow()
+    expected = x + 0.25 * (flow.score(x, y) - flow.score(x, torch.full_like(y, CLASSES)))
+    torch.testing.assert_close(flow.score_step(x, y, 0.25, micro_batch), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_score_step_moves_nothing_without_a_class(x):
+    null = torch.full((B,), CLASSES)
+    torch.testing.assert_close(small_flow().score_step(x, null, 0.25, 4), x)
+
+
+def test_data_without_classes(x):
+    flow, y = small_flow(classes=0), torch.zeros(B, dtype=torch.long)
+    z, _ = flow(x, y)
+    torch.testing.assert_close(flow.sample(z, y, cfg=2.0), x, rtol=1e-4, atol=1e-4)   # guidance has nothing to say
+
+
+def test_bfloat16_keeps_the_affine_map_in_float32(x, y):
+    """Sampling inverts the flow of the same precision, since x, z and logdet never leave float32."""
+    flow = small_flow()
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+        z, logdet = flow(x, y)
+        assert z.dtype == logdet.dtype == flow.sample(z, y).dtype == torch.float32
+        exact = flow.blocks[0].predict(x, y)[0]
+    assert exact.dtype == torch.float32

@@ -1,0 +1,196 @@
+"""Configuration, the joint model, its losses, and what checkpoints and options say when they are wrong."""
+import copy
+import os
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from conftest import ROOT
+from data import UserError
+import model as simflow
+from model import (LPIPS, PRESETS, Config, Discriminator, SimFlow, adaptive_weight, find_place, generator, hinge,
+                   load_checkpoint, load_lpips, parse_options, sample_images)
+
+TINY = Config(**PRESETS['nano'] | dict(image_size=16, vae_width=8, latent_dim=4, width=16, layers=(1, 1, 2)))
+
+
+def tiny_model(classes=3, config=TINY):
+    torch.manual_seed(0)
+    model = SimFlow(config, classes)
+    for name, p in model.flow.named_parameters():
+        if 'proj_out' in name or 'ada' in name:
+            p.data.normal_(std=0.05)
+    return model
+
+
+def parse(*argv):
+    return parse_options(Config, argv, '', PRESETS)
+
+
+# ---------------------------------------------------------------------------------------------------- configuration
+
+def test_presets_change_defaults_and_flags_win():
+    assert parse().model == 'nano' and parse('--width', '64').width == 64
+    assert parse('--model', 'S').width == 384 and parse('--width=96', '--model', 'S').width == 96
+    assert parse('--layers', '1,2,3').layers == (1, 2, 3) and parse('--flip', '0').flip is False
+
+
+def test_paper_recipe():
+    """Table 9, and section 4 of its appendix."""
+    c = parse('--model', 'XXL')
+    assert (c.batch_size, c.epochs, c.steps, c.constant) == (256, 160, 0, 0.5)
+    assert (c.lr, c.lr_end, c.warmup, c.clip, c.ema, c.class_drop) == (1e-4, 1e-6, 0, 1.0, 0.9999, 0.1)
+    assert (c.beta2, c.sigma, c.latent_dim, c.tokens, c.lpips, c.gan) == (0.999, 0.5, 64, 256, 1.0, 0.1)
+    assert parse('--model', 'XXL', '--image_size', '512').tokens == 1024
+
+
+def test_asking_for_epochs_replaces_a_presets_steps():
+    assert parse().steps > 0
+    assert (parse('--epochs', '3').epochs, parse('--epochs', '3').steps) == (3, 0)
+    assert parse('--epochs', '3', '--steps', '7').steps == 7
+
+
+@pytest.mark.parametrize('argv, word', [
+    (['--leyers', '2'], '--leyers'), (['--layers', '2,x'], '--layers'), (['--lr', 'nan'], '--lr'),
+    (['--steps', '1.5'], '--steps'), (['--compile', 'yes'], '--compile'), (['--model', 'M'], '--model'),
+    (['--gan', '-1'], '--gan'), (['--image_size', '30'], '--image_size'), (['--heads', '3'], '--heads'),
+    (['--class_drop', '2'], '--class_drop'), (['--l2', '0'], '--l2'), (['--batch_size', '0'], '--batch_size'),
+    (['--layers', '2,0'], '--layers'), (['--dtype', 'int8'], '--dtype'), (['--vae_width', '6'], '--vae_width')])
+def test_mistakes_name_the_option(argv, word):
+    with pytest.raises(UserError, match=word):
+        parse(*argv).check()
+
+
+def test_unknown_device():
+    with pytest.raises(UserError, match='--device'):
+        find_place('tpu')
+
+
+def test_random_streams_do_not_meet():
+    draw = lambda *key: torch.randn(4, generator=generator('cpu', *key)).tolist()
+    keys = [(stream, seed, index) for stream in range(2) for seed in range(2) for index in range(2)]
+    assert len({tuple(draw(*key)) for key in keys}) == len(keys)
+    assert draw(0, 1, 2) == draw(0, 1, 2)
+
+
+# ---------------------------------------------------------------------------------------------------- the joint model
+
+def test_everything_learns_together():
+    """Each loss alone reaches the encoder: nothing is detached. Together they reach every parameter."""
+    model = tiny_model()
+    image, y, noise = torch.randn(4, 3, 16, 16), torch.arange(4), torch.randn(4, 4, 4)
+    for loss in (lambda recon, nll: recon.square().mean(), lambda recon, nll: nll.mean()):
+        model.zero_grad()
+        recon, nll, _ = model(image, y, noise)
+        loss(recon, nll).backward()
+        assert all(p.grad.abs().sum() > 0 for p in model.vae.encoder.parameters() if p.dim() == 4)
+    model.zero_grad()
+    recon, nll, _ = model(image, y, noise)
+    (recon.square().mean() + nll.mean()).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_latents_are_the_mean_plus_constant_noise():
+    model = tiny_model()
+    image, noise = torch.randn(2, 3, 16, 16), torch.randn(2, 4, 4)
+    x, mu = model.latents(image, noise)
+    torch.testing.assert_close(x - mu, 0.5 * noise)
+    torch.testing.assert_close(mu, model.vae.encode(image)[0])
+    torch.testing.assert_close(model(image, torch.zeros(2).long(), noise)[1], model.flow.nll(x, torch.zeros(2).long()))
+
+
+def test_generate_goes_through_the_parts():
+    model = tiny_model()
+    y, noise = torch.tensor([0, 2]), torch.randn(2, 4, 4)
+    x = model.flow.sample(noise, y, 1.5)
+    x = model.flow.score_step(x, y, 0.25, 2)
+    images = model.generate(y, noise, cfg=1.5, gamma=0.25)
+    torch.testing.assert_close(images, model.vae.decode(x).clamp(-1, 1))
+    assert images.abs().max() <= 1
+
+
+@pytest.mark.parametrize('cfg, gamma', [(0.0, 0.0), (2.0, 0.25)])
+def test_samples_do_not_depend_on_the_batch_size(cfg, gamma):
+    model, place = tiny_model().eval(), find_place('cpu')
+    labels = torch.arange(16) % 3
+    runs = [np.concatenate(list(sample_images(model, labels, 7, place, size, cfg, gamma))) for size in (1, 5, 16)]
+    for images in runs[1:]:
+        difference = np.abs(images.astype(int) - runs[0])
+        assert difference.max() <= 1 and (difference > 0).mean() < 1e-3
+    assert runs[0].std() > 0
+
+
+# ---------------------------------------------------------------------------------------------------------- losses
+
+def test_discriminator_treats_images_one_by_one():
+    """With BatchNorm, two processes of B/2 would not be one of B."""
+    disc, images = Discriminator(8, 2), torch.randn(4, 3, 16, 16)
+    torch.testing.assert_close(disc(images), torch.cat([disc(image[None]) for image in images]))
+    assert disc(images).shape == (4, 1, 2, 2)
+
+
+def test_patchgan_of_the_paper():
+    with torch.device('meta'):
+        convolutions = [m for m in Discriminator(64, 3) if isinstance(m, torch.nn.Conv2d)]
+    assert [(c.out_channels, c.stride[0]) for c in convolutions] == [(64, 2), (128, 2), (256, 2), (512, 1), (1, 1)]
+
+
+def test_hinge():
+    assert hinge(torch.tensor([2.0, 0.5]), torch.tensor([-3.0, 0.0])).item() == pytest.approx(0.5 * (0.25 + 0.5))
+
+
+def test_adaptive_weight_balances_the_pulls_and_is_capped():
+    rec, gan = torch.tensor([3.0, 4.0]), torch.tensor([0.0, 0.5])
+    assert adaptive_weight(rec, gan).item() == pytest.approx(10, rel=1e-3)
+    assert adaptive_weight(rec * 1e6, gan * 0).item() == adaptive_weight(rec * 1e9, gan * 0).item() < 1e5
+
+
+def test_lpips_equals_the_lpips_package():
+    """Random weights; golden_evaluate.py tells how the expected values were made."""
+    golden = pytest.importorskip('golden_evaluate')
+    net = LPIPS().load(golden.random_vgg(0), golden.random_heads(0))
+    a, b = [torch.from_numpy(golden.images(seed, 3, 48)).permute(0, 3, 1, 2) / 127.5 - 1 for seed in (4, 5)]
+    expected = np.load(os.path.join(ROOT, 'tests', 'golden', 'lpips.npz'))['distance']
+    torch.testing.assert_close(net(a, b), torch.from_numpy(expected), rtol=1e-5, atol=0)
+    torch.testing.assert_close(net(a, a), torch.zeros(3))
+    assert not any(p.requires_grad for p in net.parameters())
+
+
+def test_lpips_weights_from_files(tmp_path, monkeypatch):
+    golden = pytest.importorskip('golden_evaluate')
+    vgg, heads = tmp_path / 'vgg.pth', tmp_path / 'heads.pth'
+    torch.save(golden.random_vgg(0), vgg)
+    torch.save(golden.random_heads(0), heads)
+    net = load_lpips(str(vgg), str(heads))
+    assert torch.equal(net.features[0].weight, golden.random_vgg(0)['features.0.weight'])
+    with pytest.raises(UserError, match='--lpips 0'):
+        load_lpips(str(heads), str(vgg))                           # the wrong way round
+    heads.write_bytes(heads.read_bytes()[:1000])
+    with pytest.raises(UserError, match='heads.pth'):
+        load_lpips(str(vgg), str(heads))
+
+
+def test_lpips_weights_that_cannot_be_had(tmp_path, monkeypatch):
+    """One sentence says where to put the file and how to do without."""
+    monkeypatch.setattr(simflow, 'VGG16_URL', 'http://127.0.0.1:9/vgg16-397923af.pth')
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
+    with pytest.raises(UserError) as error:
+        load_lpips()
+    assert str(tmp_path) in str(error.value) and '--lpips 0' in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------------ checkpoints
+
+def test_checkpoints_that_are_none(tmp_path):
+    with pytest.raises(UserError, match='train.py'):
+        load_checkpoint(str(tmp_path / 'absent.pt'))
+    path = tmp_path / 'ckpt.pt'
+    for content in (b'', b'not a checkpoint', b'PK\3\4 half'):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match='ckpt.pt'):
+            load_checkpoint(str(path))
+    torch.save({'model': {}}, path)
+    with pytest.raises(UserError, match='ckpt.pt'):
+        load_checkpoint(str(path))

@@ -1,0 +1,88 @@
+"""sample.py from a checkpoint to files: labels, layouts, processes, mistakes."""
+import numpy as np
+from PIL import Image
+import pytest
+import torch
+
+import sample
+from test_train import TINY, python, run, torchrun
+import train
+from data import UserError
+
+
+@pytest.fixture(scope='module')
+def ckpt(tmp_path_factory):
+    out = tmp_path_factory.mktemp('run')
+    train.main([*TINY, '--steps', '2', '--sample_interval', '0', '--out', str(out)])
+    return str(out / 'ckpt.pt')
+
+
+def npz(ckpt, path, *options):
+    sample.main(['--ckpt', ckpt, '--device', 'cpu', '--out', str(path), *options])
+    with np.load(path, allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+def test_npz_has_adms_layout_and_balanced_labels(ckpt, tmp_path):
+    arrays = npz(ckpt, tmp_path / 'a.npz', '--n', '30')
+    assert arrays.keys() == {'arr_0', 'arr_1'}
+    assert arrays['arr_0'].shape == (30, 16, 16, 3) and arrays['arr_0'].dtype == np.uint8
+    assert np.bincount(arrays['arr_1']).tolist() == [3] * 10
+    assert arrays['arr_1'].tolist() != [i % 10 for i in range(30)]             # shuffled
+
+
+def test_two_processes_make_the_same_images(ckpt, tmp_path):
+    """Seven images, of batches of two: the last round leaves one process with nothing to do."""
+    options = ['--n', '7', '--batch_size', '2', '--cfg', '1', '--gamma', '0.25']
+    one = npz(ckpt, tmp_path / 'one.npz', *options)
+    result = run(torchrun(2, 'sample.py', '--ckpt', ckpt, '--device', 'cpu', '--out', str(tmp_path / 'two.npz'), *options))
+    assert result.returncode == 0, result.stderr[-2000:]
+    two = np.load(tmp_path / 'two.npz')
+    assert np.array_equal(one['arr_1'], two['arr_1'])
+    assert np.abs(one['arr_0'].astype(int) - two['arr_0']).max() <= 1
+
+
+def test_seeds_and_classes(ckpt, tmp_path):
+    a, b = [npz(ckpt, tmp_path / 'a.npz', '--n', '4', '--seed', seed)['arr_0'] for seed in ('1', '2')]
+    assert not np.array_equal(a, b)
+    arrays = npz(ckpt, tmp_path / 'a.npz', '--n', '6', '--classes', 'heart', '1')
+    assert sorted(arrays['arr_1'].tolist()) == [1, 1, 1, 3, 3, 3]
+
+
+def test_grid_and_folder(ckpt, tmp_path):
+    sample.main(['--ckpt', ckpt, '--n', '20', '--out', str(tmp_path / 'grid.png')])
+    assert Image.open(tmp_path / 'grid.png').size == (2 * 64, 10 * (64 + 14))  # two of each class, zoomed, captions
+    sample.main(['--ckpt', ckpt, '--n', '20', '--out', f'{tmp_path}/folder/'])
+    assert len(list((tmp_path / 'folder').glob('*/*.png'))) == 20
+    assert len(list((tmp_path / 'folder' / 'heart').glob('*.png'))) == 2
+
+
+def test_grid_lands_beside_the_checkpoint(ckpt):
+    sample.main(['--ckpt', ckpt, '--n', '3'])
+    assert Image.open(ckpt.replace('ckpt.pt', 'grid.png')).size == (2 * 64, 2 * (64 + 14))
+
+
+def test_classes_by_name_or_number():
+    names = ['cat', 'dog', '0']
+    assert sample.choose_classes([], names) == [0, 1, 2] and sample.choose_classes([], []) == [0]
+    assert sample.choose_classes(['dog', '0', '1'], names) == [1, 2, 1]        # a name wins over a number
+    for wrong in ('3', 'cow', '-1'):
+        with pytest.raises(UserError, match=f'--classes {wrong}'):
+            sample.choose_classes([wrong], names)
+
+
+@pytest.mark.parametrize('argv, word', [
+    (['--n', '0'], '--n'), (['--cfg', '-1'], '--cfg'), (['--out', 'a.jpg'], '--out'), (['--gama', '1'], '--gama'),
+    (['--batch_size', '0'], '--batch_size')])
+def test_mistakes(ckpt, argv, word):
+    with pytest.raises(UserError, match=word):
+        sample.main(['--ckpt', ckpt, *argv])
+
+
+def test_mistakes_end_in_one_sentence(tmp_path):
+    result = run(python('sample.py', '--ckpt', str(tmp_path / 'absent.pt')))
+    assert result.returncode == 2 and result.stderr.startswith('error: ') and result.stderr.count('\n') == 1
+
+
+def test_help_says_what_off_is():
+    assert '0 is off' in ' '.join(run(python('sample.py', '--help')).stdout.split())

@@ -1,0 +1,269 @@
+"""Training as its users meet it: resume to the bit, one process equals two, interruptions, numbers that are none."""
+import csv
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+from PIL import Image
+import pytest
+import torch
+
+from conftest import ROOT
+from data import UserError
+from model import Config, PRESETS, load_model
+import train
+
+TINY = ('--image_size 16 --vae_width 8 --latent_dim 4 --width 16 --layers 1,1,2 --gan_width 8 --batch_size 8 '
+        '--workers 0 --device cpu --gan 0.1 --gan_start 0').split()
+
+
+def python(*args):
+    return [sys.executable, *args]
+
+
+def torchrun(processes, *args):
+    return python('-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}', '--', *args)
+
+
+def run(command, **kwargs):
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, **kwargs)
+
+
+def read_log(out):
+    """Rows without the columns that tell the time."""
+    with open(out / 'log.csv', newline='') as f:
+        return [{k: v for k, v in row.items() if k not in train.TIMING} for row in csv.DictReader(f)]
+
+
+def same(a, b):
+    """Equal to the bit, all the way down."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+# ------------------------------------------------------------------------------------------------------------ resume
+
+@pytest.mark.parametrize('extra', [[], ['--gan_adaptive', '1', '--grad_accum', '2']])
+def test_resume_to_the_bit(tmp_path, extra):
+    """20 + 20 steps are 40, whatever is cut: the log's averages too, of which one spans the cut."""
+    options = TINY + ['--steps', '40', '--log_interval', '8', '--sample_interval', '0'] + extra
+    train.main([*options, '--out', str(tmp_path / 'once')])
+    train.main([*options, '--out', str(tmp_path / 'twice'), '--stop_at', '20'])
+    assert torch.load(tmp_path / 'twice' / 'ckpt.pt', weights_only=True)['step'] == 20
+    train.main([*options, '--out', str(tmp_path / 'twice')])
+    once, twice = [torch.load(tmp_path / name / 'ckpt.pt', weights_only=True) for name in ('once', 'twice')]
+    for state in (once, twice):
+        del state['config']['out']
+    assert {'disc', 'disc_opt', 'ema', 'opt', 'model', 'config', 'class_names', 'step'} <= once.keys()
+    assert same(once, twice)
+    assert read_log(tmp_path / 'once') == read_log(tmp_path / 'twice')
+    assert [row['step'] for row in read_log(tmp_path / 'once')] == ['8', '16', '24', '32', '40']
+
+
+def test_rows_after_the_resumed_step_are_dropped(tmp_path):
+    path = tmp_path / 'log.csv'
+    log = train.Log(path, ['step', 'loss'], 0)
+    for step in (10, 20, 30):
+        log.write({'step': step, 'loss': step / 2})
+    log = train.Log(path, ['step', 'loss'], 20)
+    log.write({'step': 30, 'loss': 99.0})
+    assert path.read_text().split() == ['step,loss', '10,5', '20,10', '30,99']
+
+
+def test_resume_refuses_another_run(tmp_path):
+    options = TINY + ['--steps', '2', '--sample_interval', '0', '--out', str(tmp_path)]
+    train.main(options)
+    for change, word in [(['--width', '32'], '--width 16'), (['--seed', '1'], '--seed 0'), (['--gan', '0'], '--gan 0.1')]:
+        with pytest.raises(UserError, match=word):
+            train.main(options + change)
+    before = (tmp_path / 'ckpt.pt').read_bytes()
+    train.main(options)                                            # finished: nothing to do, nothing lost
+    assert (tmp_path / 'ckpt.pt').read_bytes() == before
+
+
+def test_kill_9_never_costs_the_checkpoint(tmp_path):
+    options = TINY + ['--steps', '100000', '--save_interval', '1', '--sample_interval', '0', '--log_interval', '5']
+    for _ in range(3):
+        process = subprocess.Popen(python('train.py', *options, '--out', str(tmp_path)), cwd=ROOT,
+                                   stdout=subprocess.DEVNULL)
+        done = train_until(tmp_path, lambda step, start: step > start + 3)
+        process.kill()
+        process.wait()
+        step = torch.load(tmp_path / 'ckpt.pt', weights_only=True)['step']
+        assert step >= done
+    steps = [int(row['step']) for row in read_log(tmp_path)]
+    assert steps == sorted(set(steps))
+
+
+def train_until(out, reached):
+    """Wait for a checkpoint whose step satisfies reached(step, step at the first look) -> that step"""
+    start, path = None, out / 'ckpt.pt'
+    old = path.stat().st_mtime_ns if path.exists() else 0
+    for _ in range(1200):
+        time.sleep(0.1)
+        if path.exists() and path.stat().st_mtime_ns > old:
+            step = torch.load(path, weights_only=True)['step']
+            start = step if start is None else start
+            if reached(step, start):
+                return step
+    raise AssertionError('no progress')
+
+
+@pytest.mark.parametrize('number, code', [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_signals_save_and_end(tmp_path, number, code):
+    """Sent to the whole process group, loading processes and all, as a terminal or a scheduler does."""
+    options = TINY + ['--steps', '100000', '--save_interval', '1', '--sample_interval', '0', '--workers', '1']
+    process = subprocess.Popen(python('train.py', *options, '--out', str(tmp_path)), cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    done = train_until(tmp_path, lambda step, start: step > start)
+    os.killpg(process.pid, number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code and 'goes on from there' in out and 'Traceback' not in err
+    assert torch.load(tmp_path / 'ckpt.pt', weights_only=True)['step'] >= done
+
+
+# ---------------------------------------------------------------------------------------- processes and micro-batches
+
+def gradients(tmp_path, *extra, processes=1):
+    out = tmp_path / 'grads.pt'
+    worker = [os.path.join(ROOT, 'tests', 'worker.py'), 'grads', str(out), *TINY, '--gan_adaptive', '0', '--vae_mults', '1',
+              *extra]                                              # one level compiles in half the time
+    result = run(torchrun(processes, *worker) if processes > 1 else python(*worker))
+    assert result.returncode == 0, result.stderr[-2000:]
+    return torch.load(out, weights_only=True)
+
+
+@pytest.fixture(scope='module')
+def plain(tmp_path_factory):
+    return gradients(tmp_path_factory.mktemp('plain'))
+
+
+@pytest.mark.parametrize('processes, extra', [(2, []), (1, ['--grad_accum', '2']), (2, ['--grad_accum', '2']),
+                                              (1, ['--grad_ckpt', '1']), (1, ['--compile', '1'])])
+def test_same_gradients_however_they_are_computed(tmp_path, plain, processes, extra):
+    """To rounding, every parameter of VAE, flow and discriminator; fixed adversarial weight. With an adaptive one each
+    part would take its own ratio of gradient norms."""
+    other = gradients(tmp_path, *extra, processes=processes)
+    assert plain.keys() == other.keys()
+    # on the discriminator's last bias, real and fake images pull equally hard in opposite directions
+    assert [name for name, grad in plain.items() if grad.abs().max() == 0] == ['disc.8.bias']
+    part = lambda name: name.split('.')[:2]                        # a gradient that cancels is held against its fellows
+    for name, grad in plain.items():
+        scale = max(g.abs().max() for fellow, g in plain.items() if part(fellow) == part(name))
+        assert (grad - other[name]).abs().max() < 1e-4 * scale, name
+
+
+def test_two_processes_train_and_sample(tmp_path):
+    """The whole script under torchrun: the log and the samples are those of one process."""
+    options = TINY + ['--gan_adaptive', '0', '--steps', '3', '--log_interval', '1', '--sample_interval', '3']
+    train.main([*options, '--out', str(tmp_path / 'one')])
+    result = run(torchrun(2, 'train.py', *options, '--out', str(tmp_path / 'two')))
+    assert result.returncode == 0, result.stderr[-2000:]
+    for a, b in zip(read_log(tmp_path / 'one'), read_log(tmp_path / 'two'), strict=True):
+        shared = [name for name in a if name != 'mu_std']          # of a process's own images: fewer, so less spread
+        assert [float(b[k]) for k in shared] == pytest.approx([float(a[k]) for k in shared], rel=2e-3, abs=1e-4)
+    assert sorted(os.listdir(tmp_path / 'one')) == sorted(os.listdir(tmp_path / 'two'))
+
+
+# ------------------------------------------------------------------------------------------------- numbers that are none
+
+@pytest.mark.parametrize('processes', [1, 2])
+def test_non_finite_terms_touch_nothing_and_stop_everyone(tmp_path, processes):
+    out = tmp_path / 'weights'
+    worker = [os.path.join(ROOT, 'tests', 'worker.py'), 'nan', str(out), *TINY]
+    result = run(torchrun(processes, *worker) if processes > 1 else python(*worker))
+    assert result.returncode != 0
+    assert re.search(r'error: loss.* and nll .*at step 1;', result.stderr.replace('\n', ' '))
+    for rank in range(processes):
+        before, after = torch.load(f'{out}.{rank}', weights_only=True)
+        assert same(before, after) and all(p.isfinite().all() for p in after)
+
+
+def test_no_checkpoint_of_a_broken_run(tmp_path, monkeypatch):
+    draw = train.draw
+    monkeypatch.setattr(train, 'draw', lambda config, classes, step, y, place: (
+        draw(config, classes, step, y, place)[0] * (float('nan') if step == 5 else 1), y))
+    with pytest.raises(SystemExit, match='step 5'):
+        train.main([*TINY, '--steps', '9', '--save_interval', '4', '--sample_interval', '0', '--log_interval', '9',
+                    '--out', str(tmp_path)])
+    assert torch.load(tmp_path / 'ckpt.pt', weights_only=True)['step'] == 4
+
+
+# --------------------------------------------------------------------------------------------------------- schedules
+
+def test_learning_rate():
+    """Stage I constant, stage II cosine (Table 9)."""
+    c = Config()
+    rates = [train.learning_rate(c, step, 1000) for step in range(1000)]
+    assert rates[:501] == [1e-4] * 501
+    assert all(a > b for a, b in zip(rates[500:], rates[501:]))
+    assert rates[750] == pytest.approx((1e-4 + 1e-6) / 2, rel=1e-3) and rates[-1] == pytest.approx(1e-6, rel=1e-2)
+
+
+def test_ema_is_warmed_up_and_is_the_recursion(tmp_path):
+    train.main([*TINY, '--steps', '3', '--ema', '0.3', '--sample_interval', '0', '--save_interval', '1',
+                '--stop_at', '1', '--out', str(tmp_path)])
+    path, name = tmp_path / 'ckpt.pt', 'vae.conv_out.bias'
+    ema = torch.load(path, weights_only=True)['ema'][name]
+    for step in (1, 2):
+        train.main([*TINY, '--steps', '3', '--ema', '0.3', '--sample_interval', '0', '--stop_at', str(step + 1),
+                    '--out', str(tmp_path)])
+        state = torch.load(path, weights_only=True)
+        decay = min(0.3, (1 + step) / (10 + step))
+        ema = decay * ema + (1 - decay) * state['model'][name]
+        torch.testing.assert_close(state['ema'][name], ema)
+
+
+# --------------------------------------------------------------------------------------------------- files and options
+
+def test_what_a_run_leaves(tmp_path):
+    train.main([*TINY, '--steps', '4', '--log_interval', '2', '--sample_interval', '2', '--out', str(tmp_path)])
+    assert sorted(os.listdir(tmp_path)) == ['ckpt.pt', 'log.csv', *(f'{kind}_{step:07d}.png' for kind in
+                                            ('recon', 'samples') for step in (2, 4))]
+    assert Image.open(tmp_path / 'samples_0000004.png').size == (8 * 16, 10 * 16)        # a row a class
+    originals = np.asarray(Image.open(tmp_path / 'recon_0000004.png'))[:16]
+    assert originals.shape == (16, 16 * 16, 3) and originals.std() > 10
+    row = read_log(tmp_path)[-1]
+    assert float(row['loss']) == pytest.approx(
+        float(row['nll']) + PRESETS['nano']['l2'] * float(row['l2']) + float(row['d_weight']) * float(row['gan']),
+        rel=0.05)                                                  # the weight times the term is averaged as a product
+    model, config, class_names = load_model(tmp_path / 'ckpt.pt')
+    assert config.sigma == 0.5 and len(class_names) == 10
+    names = torch.load(tmp_path / 'ckpt.pt', weights_only=True)['model'].keys()
+    assert not any(word in name for name in names for word in ('module.', '_orig_mod.'))
+
+
+def test_unlabelled_data(tmp_path):
+    folder = tmp_path / 'flat'
+    folder.mkdir()
+    for i in range(10):
+        Image.fromarray(np.full((20, 20, 3), 25 * i, np.uint8)).save(folder / f'{i}.png')
+    train.main([*TINY, '--data', str(folder), '--steps', '2', '--sample_interval', '2', '--out', str(tmp_path / 'out')])
+    assert load_model(tmp_path / 'out' / 'ckpt.pt')[2] == []
+
+
+@pytest.mark.parametrize('size', PRESETS)
+def test_dry_run(size, capsys):
+    train.main(['--model', size, '--dry_run', '1'])
+    plan = capsys.readouterr().out
+    for word in ('flow parameters', 'VAE parameters', 'tokens', 'batch', 'steps', 'FLOPs an image'):
+        assert word in plan
+    assert size == 'nano' or '1000 classes' in plan and '800,730 = 160.0 epochs' in plan
+
+
+@pytest.mark.parametrize('argv, word', [
+    (['--batch_size', '7', '--grad_accum', '2'], '--batch_size'), (['--data', 'nowhere'], 'nowhere'),
+    (['--model', 'S'], 'imagenet/train'), (['--stpes', '3'], '--stpes'), (['--device', 'cuda:7'], '--device')])
+def test_mistakes_end_in_one_sentence(argv, word):
+    result = run(python('train.py', *argv))
+    assert result.returncode == 2 and word in result.stderr
+    assert result.stderr.startswith('error: ') and result.stderr.count('\n') == 1
