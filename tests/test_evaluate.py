@@ -1,0 +1,516 @@
+"""evaluate.py: one property a test. Golden numbers are made by golden_evaluate.py."""
+import dataclasses
+import json
+import os
+import shutil
+import sys
+
+import numpy as np
+from PIL import Image
+import pytest
+import scipy.linalg
+import torch
+from torch import nn
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+
+TESTS = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [os.path.dirname(TESTS), TESTS]
+
+import evaluate
+import golden_evaluate as golden
+from data import UserError
+from model import PRESETS, Config, Place, SimFlow
+
+HERE = Place(torch.device('cpu'), torch.float32, False)
+
+
+class Tiny(nn.Module):
+    """Stands in for Inception: random projections of an 8 x 8 version of the image, and few of them."""
+
+    def __init__(self):
+        super().__init__()
+        rng = np.random.RandomState(0)
+        self.maps = [torch.from_numpy(rng.standard_normal((192, d)) / 14).float() for d in (24, 10, 20)]
+
+    def forward(self, images):
+        h = F.adaptive_avg_pool2d(images.float() / 64 - 2, 8).flatten(1)
+        return tuple(h @ weight for weight in self.maps)
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """Inception replaced, and a cache of the test's own."""
+    monkeypatch.setattr(evaluate, 'load_inception', lambda features, path: (Tiny(), evaluate.DIGEST))
+    monkeypatch.setattr(evaluate, 'CACHE', str(tmp_path / 'cache'))
+    return tmp_path
+
+
+def run(capsys, *argv):
+    """-> the JSON line of a run"""
+    evaluate.main([str(a) for a in argv])
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def save_npz(path, pixels):
+    np.savez(path, pixels)
+    return path
+
+
+def save_folder(path, pixels, suffix='png'):
+    path.mkdir()
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(path / f'{i:04d}.{suffix}')
+    return path
+
+
+def summarise(net, pixels, batch=7):
+    statistics = evaluate.Statistics(net, len(pixels), np.arange(len(pixels)), HERE)
+    for start in range(0, len(pixels), batch):
+        index = np.arange(start, min(start + batch, len(pixels)))
+        statistics.add(index, pixels[index])
+    return statistics.summary('test')
+
+
+# -------------------------------------------------------------------------------------------------- Inception
+
+@pytest.fixture(scope='module')
+def inception():
+    return evaluate.random_inception()
+
+
+@pytest.fixture(scope='module')
+def expected():
+    return np.load(os.path.join(golden.FOLDER, 'inception.npz'))
+
+
+def test_inception_has_the_names_and_shapes_of_the_released_weights(inception, expected):
+    state = {name: v for name, v in inception.state_dict().items() if 'num_batches_tracked' not in name}
+    assert len(state) == expected['count']
+    assert golden.key_hash(state) == expected['keys']
+    evaluate.Inception().load_state_dict(dict(state))              # as the released file
+
+
+def test_features_equal_torch_fidelitys(inception, expected):
+    images = torch.from_numpy(golden.two_sets()[0][:3]).permute(0, 3, 1, 2).contiguous()
+    for name, features in zip(('pool', 'logits', 'spatial'), inception(images)):
+        error = np.abs(features[:, ::32].numpy() - expected[name]).max()
+        assert error < 1e-5 * np.abs(expected[name]).max(), name
+
+
+def test_metrics_equal_torch_fidelitys(inception, expected):
+    net = inception.to(memory_format=torch.channels_last)          # as the program has it
+    row = evaluate.compare(*(summarise(net, pixels) for pixels in golden.two_sets()), 'cpu')
+    assert row['FID'] == pytest.approx(expected['fid'], rel=1e-6)
+    assert (row['IS'], row['IS std']) == pytest.approx(expected['score'], rel=1e-5)
+    for name in ('precision', 'recall'):
+        assert row[name] == pytest.approx(expected[name].item())
+
+
+def test_resize_equals_tensorflow_1_to_the_bit(expected):
+    for size, bits in zip(golden.SIZES, expected['resized']):
+        pixels = torch.from_numpy(golden.images(3, 1, size)).permute(0, 3, 1, 2).float()
+        assert golden.bits(evaluate.resize(pixels, 299)) == bits, size
+
+
+def test_missing_weights_name_the_address_and_the_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, 'WEIGHTS', 'file:///nowhere/' + os.path.basename(evaluate.WEIGHTS))
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
+    with pytest.raises(UserError) as e:
+        evaluate.load_inception('inception', '')
+    for part in ('file:///nowhere/', str(tmp_path), '--weights'):
+        assert part in str(e.value)
+
+
+def test_other_weights_are_refused_and_left_alone(tmp_path):
+    path = tmp_path / 'w.pth'
+    path.write_bytes(b'mine')
+    with pytest.raises(UserError, match='is not the file'):
+        evaluate.load_inception('inception', str(path))
+    assert path.read_bytes() == b'mine'
+
+
+# ------------------------------------------------------------------------------------------------- statistics
+
+def spd(rng, d, rank):
+    a = rng.standard_normal((d, rank))
+    return a @ a.T / rank
+
+
+def by_sqrtm(mu_a, A, mu_b, B):
+    return np.square(mu_a - mu_b).sum() + np.trace(A + B) - 2 * np.trace(scipy.linalg.sqrtm(A @ B)).real
+
+
+def by_mpmath(A, B):
+    """tr A + tr B - 2 tr (A B)^(1/2) with 60 digits; eigenvalues below 1e-30 are zeros."""
+    mp_ = pytest.importorskip('mpmath')
+    with mp_.workdps(60):
+        A, B = mp_.matrix(A.tolist()), mp_.matrix(B.tolist())
+        values, vectors = mp_.eigsy(A)
+        root = vectors * mp_.diag([mp_.sqrt(v) if v > 1e-30 else 0 for v in values]) * vectors.T
+        values = mp_.eigsy(root * B * root, eigvals_only=True)
+        trace = sum(A[i, i] + B[i, i] for i in range(A.rows))
+        return float(trace - 2 * sum(mp_.sqrt(v) for v in values if v > 1e-30))
+
+
+def test_frechet_equals_sqrtm_where_that_works():
+    rng = np.random.RandomState(0)
+    for d in (1, 5, 64):
+        args = rng.randn(d), spd(rng, d, 3 * d), rng.randn(d), spd(rng, d, 4 * d)
+        assert evaluate.frechet(*args) == pytest.approx(by_sqrtm(*args), rel=1e-6)
+
+
+@pytest.mark.parametrize('ranks', [(2, 3), (3, 2), (2, 8), (8, 2), (1, 1)])
+def test_frechet_of_singular_covariances(ranks):
+    rng, zero = np.random.RandomState(1), np.zeros(8)
+    # Integers over a power of two: exactly singular in float64, too.
+    A, B = [(lambda a: a @ a.T / 16)(rng.randint(-4, 5, (8, rank)).astype(float)) for rank in ranks]
+    assert evaluate.frechet(zero, A, zero, B) == pytest.approx(by_mpmath(A, B), rel=1e-6)
+
+
+def test_frechet_of_fewer_images_than_features():
+    """Then the trace of the root is the nuclear norm of the product of the centred features."""
+    rng, d = np.random.RandomState(3), 200
+    for n, m in ((20, 30), (20, 500), (500, 20)):
+        x, y = rng.randn(n, d), rng.randn(m, d) * 2
+        a, b = [(f - f.mean(0)) / np.sqrt(len(f) - 1) for f in (x, y)]
+        nuclear = np.linalg.svd(a @ b.T, compute_uv=False).sum()
+        expected = np.square(x.mean(0) - y.mean(0)).sum() + (a ** 2).sum() + (b ** 2).sum() - 2 * nuclear
+        ours = evaluate.frechet(x.mean(0), np.cov(x, rowvar=False), y.mean(0), np.cov(y, rowvar=False))
+        assert ours == pytest.approx(expected, rel=1e-10)
+
+
+def test_frechet_is_symmetric_and_zero_to_itself():
+    rng, d = np.random.RandomState(2), 40
+    for rank in (100, 12):                                         # more and fewer images than features
+        a, b = (rng.randn(d), spd(rng, d, rank)), (rng.randn(d), spd(rng, d, rank))
+        assert evaluate.frechet(*a, *b) == pytest.approx(evaluate.frechet(*b, *a), rel=1e-9)
+        assert evaluate.frechet(*a, *a) < 1e-6
+    assert evaluate.frechet(np.zeros(3), np.zeros((3, 3)), np.ones(3), np.zeros((3, 3))) == 3
+
+
+def test_streamed_statistics_equal_those_of_all_features_at_once():
+    pixels = golden.images(0, 53, 16)
+    summary = summarise(Tiny(), pixels)
+    pool, _, spatial = [f.double().numpy() for f in Tiny()(torch.from_numpy(pixels).permute(0, 3, 1, 2))]
+    for f, mu, sigma in ((pool, 'mu', 'sigma'), (spatial, 'mu_s', 'sigma_s')):
+        np.testing.assert_allclose(summary[mu], f.mean(0), atol=1e-6)
+        np.testing.assert_allclose(summary[sigma], np.cov(f, rowvar=False), atol=1e-6)
+
+
+def test_inception_score_by_its_definition():
+    """Against p of all images at once; sorted by class, which the permutation must undo."""
+    pixels = golden.images(0, 55, 8)
+    pixels = pixels[pixels.mean((1, 2, 3)).argsort()]
+    p = Tiny()(torch.from_numpy(pixels).permute(0, 3, 1, 2))[1].double().softmax(1).numpy()
+    p, scores = p[np.random.RandomState(2020).permutation(55)], []
+    for i in range(10):
+        part = p[i * 55 // 10:(i + 1) * 55 // 10]
+        scores.append(np.exp((part * np.log(part / part.mean(0))).sum(1).mean()))
+    assert summarise(Tiny(), pixels)['score'] == pytest.approx((np.mean(scores), np.std(scores)), rel=1e-6)
+
+
+def test_inception_score_of_distinct_and_of_equal_predictions():
+    n = np.array([4, 4])
+    assert evaluate.inception_score(np.ones((2, 4)), np.zeros(2), n) == pytest.approx((4, 0))  # each once
+    assert evaluate.inception_score(np.eye(2) * 4, np.zeros(2), n) == pytest.approx((1, 0))  # one a split
+
+
+def test_covered_by_hand():
+    centres = torch.tensor([[0.0], [1], [2], [3]])                 # radii, to the third other one: 3, 2, 2, 3
+    for x, inside in ((-3, True), (-3.5, False), (4, True), (6, True), (6.5, False)):
+        assert evaluate.covered(torch.tensor([[float(x)]]), centres) == inside
+    assert evaluate.covered(torch.tensor([[0.5], [9.0]]), centres) == 0.5
+
+
+def test_covered_does_not_depend_on_the_blocks(monkeypatch):
+    points, centres = torch.randn(50, 4, generator=torch.Generator().manual_seed(0)).split(25)
+    whole = evaluate.covered(points, centres)
+    radii = (centres[:, None] - centres).norm(dim=-1).sort(1).values[:, 3]
+    assert whole == ((points[:, None] - centres).norm(dim=-1) <= radii).any(1).double().mean()
+
+
+def test_psnr_and_ssim_equal_torchmetrics():
+    metrics = pytest.importorskip('torchmetrics.functional.image')
+    a, b = [torch.from_numpy(golden.images(seed, 3, 32)).permute(0, 3, 1, 2) / 255 for seed in (0, 1)]
+    b = 0.7 * a + 0.3 * b
+    expected = metrics.structural_similarity_index_measure(b, a, data_range=1.0, reduction='none')
+    torch.testing.assert_close(evaluate.ssim(a, b), expected, rtol=0, atol=1e-5)
+    expected = metrics.peak_signal_noise_ratio(b, a, data_range=1.0, dim=(1, 2, 3), reduction='none')
+    torch.testing.assert_close(evaluate.psnr(a, b), expected)
+    torch.testing.assert_close(evaluate.psnr(a, a), torch.full([3], 100.0))
+
+
+# --------------------------------------------------------------------------------------- files and references
+
+def test_folder_zip_and_npz_give_the_same_numbers(tiny, capsys):
+    pixels, ref = golden.images(0, 20, 16), save_npz(tiny / 'ref.npz', golden.images(1, 30, 16))
+    folder = save_folder(tiny / 'folder', pixels)
+    shutil.make_archive(tiny / 'archive', 'zip', folder)
+    np.savez_compressed(tiny / 'packed.npz', pixels)
+    save_npz(tiny / 'plain.npz', pixels), save_npz(tiny / 'columns.npz', np.asfortranarray(pixels))
+    sources = [folder, *(tiny / name for name in ('archive.zip', 'packed.npz', 'plain.npz', 'columns.npz'))]
+    rows = [run(capsys, source, '--ref', ref)['rows'][0] for source in sources]
+    for row in rows:
+        assert row | {'samples': ''} == pytest.approx(rows[0] | {'samples': ''})
+    assert (rows[0]['n'], rows[0]['ref n']) == (20, 30)
+
+
+def test_reference_is_cached_and_never_taken_for_another(tiny, capsys):
+    samples, ref = save_npz(tiny / 's.npz', golden.images(0, 20, 16)), tiny / 'ref.npz'
+    save_npz(ref, golden.images(1, 30, 16))
+    first = run(capsys, samples, '--ref', ref)['rows']
+    cached, = (tiny / 'cache').iterdir()
+    before = cached.stat().st_mtime_ns
+    assert run(capsys, samples, '--ref', ref)['rows'] == first
+    assert cached.stat().st_mtime_ns == before                     # reused
+    save_npz(ref, golden.images(2, 30, 16))                        # other content under the same name
+    assert run(capsys, samples, '--ref', ref)['rows'][0]['FID'] != first[0]['FID']
+    run(capsys, samples, '--ref', ref, '--ref_n', 12)              # part of it
+    assert len(list((tiny / 'cache').iterdir())) == 3
+    save_npz(ref, golden.images(1, 30, 16))
+    other = next(path for path in (tiny / 'cache').iterdir() if path != cached)
+    cached.write_bytes(other.read_bytes())
+    with pytest.raises(UserError, match='content'):
+        run(capsys, samples, '--ref', ref)
+
+
+def test_statistics_are_references_and_samples_too(tiny, capsys):
+    samples = save_npz(tiny / 's.npz', golden.images(0, 20, 16))
+    ref = save_npz(tiny / 'r.npz', golden.images(1, 30, 16))
+    row, = run(capsys, samples, '--ref', ref)['rows']
+    ours, = (tiny / 'cache').iterdir()
+    assert run(capsys, samples, '--ref', ours)['rows'] == [row]
+    both, = run(capsys, ours, '--ref', ours)['rows']
+    assert both['FID'] < 1e-6 and both['precision'] == 1
+    with np.load(ours) as z:
+        adm = {name: z[name] for name in ('mu', 'sigma', 'mu_s', 'sigma_s')}
+    np.savez(tiny / 'adm.npz', **adm)
+    alone, = run(capsys, samples, '--ref', tiny / 'adm.npz')['rows']
+    assert alone == row | {'ref n': None, 'precision': None, 'recall': None}
+    assert run(capsys, tiny / 'adm.npz', '--ref', tiny / 'adm.npz')['rows'][0]['FID'] < 1e-6
+    np.savez(tiny / 'batch.npz', arr_0=golden.images(1, 30, 16), **adm | {'mu': adm['mu'] + 1})
+    beside, = run(capsys, samples, '--ref', tiny / 'batch.npz')['rows']
+    assert beside['FID'] != row['FID'] and beside['precision'] == row['precision']
+
+
+def test_statistics_of_another_size_are_refused(tiny, capsys):
+    samples = save_npz(tiny / 's.npz', golden.images(0, 20, 16))
+    run(capsys, samples, '--ref', samples)
+    ours, = (tiny / 'cache').iterdir()
+    with pytest.raises(UserError, match='size 16, not 32'):
+        run(capsys, save_npz(tiny / 'l.npz', golden.images(0, 20, 32)), '--ref', ours)
+
+
+def truncated(path):
+    save_npz(path, IMAGES)
+    path.write_bytes(path.read_bytes()[:2000])
+
+
+def broken(path):
+    (save_folder(path, IMAGES) / '0011.png').write_bytes(b'PNG?')
+
+
+IMAGES = golden.images(0, 20, 8)
+BAD = {                                                            # name: file, how it is written, message
+    'grey': ('x.npz', lambda path: save_npz(path, IMAGES[..., :1]), r'must be uint8 \(N, H, W, 3\)'),
+    'float': ('x.npz', lambda path: save_npz(path, IMAGES / 255), r'float64.*must be uint8 \(N, H, W, 3\)'),
+    'sizes': ('x', lambda path: save_folder(path, [*IMAGES, *golden.images(0, 9, 9)]), 'of one size'),
+    'oblong': ('x.npz', lambda path: save_npz(path, IMAGES[:, :4]), 'square'),
+    'few': ('x.npz', lambda path: save_npz(path, IMAGES[:9]), 'has 9 images; the numbers need 10'),
+    'empty': ('x', lambda path: save_folder(path, []), 'no images'),
+    'name': ('x.npz', lambda path: np.savez(path, images=IMAGES), 'cannot be read.*arr_0'),
+    'missing': ('x.npz', lambda path: None, 'cannot be read'),
+    'text': ('x.npz', lambda path: path.write_text('hello'), 'cannot be read'),
+    'truncated': ('x.npz', truncated, 'cannot be read'),
+    'broken': ('x', broken, 'cannot be read.*0011')}
+
+
+@pytest.mark.parametrize('case', BAD)
+def test_bad_samples_are_one_sentence(case, tiny, capsys):
+    name, write, message = BAD[case]
+    write(tiny / name)
+    with pytest.raises(UserError, match=message):
+        run(capsys, tiny / name, '--ref', save_npz(tiny / 'ref.npz', IMAGES))
+
+
+def test_random_features_never_pass_for_fid(tiny, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, 'load_inception', lambda features, path: (Tiny(), 'random'))
+    samples = save_npz(tiny / 's.npz', IMAGES)
+    evaluate.main([str(samples), '--ref', str(samples), '--features', 'random'])
+    out = capsys.readouterr().out
+    assert 'random FID-20' in out and 'NOT FID' in out and '"FID": 0' not in out
+    random, = (tiny / 'cache').iterdir()
+    np.savez(tiny / 'adm.npz', mu=np.zeros(24), sigma=np.eye(24))
+    with pytest.raises(UserError, match='arr_0'):                  # ADM's statistics are Inception's
+        run(capsys, samples, '--ref', tiny / 'adm.npz', '--features', 'random')
+    monkeypatch.setattr(evaluate, 'load_inception', lambda features, path: (Tiny(), evaluate.DIGEST))
+    with pytest.raises(UserError, match='inception random, not sha256'):
+        run(capsys, samples, '--ref', random)
+
+
+def test_features_that_are_not_finite_are_an_error(tiny, capsys, monkeypatch):
+    nan = Tiny()
+    nan.maps[0][0, 0] = float('nan')
+    monkeypatch.setattr(evaluate, 'load_inception', lambda features, path: (nan, evaluate.DIGEST))
+    samples = save_npz(tiny / 's.npz', golden.images(0, 20, 8))
+    with pytest.raises(UserError, match='not finite'):
+        run(capsys, samples, '--ref', samples)
+
+
+def test_jpeg_samples_are_a_warning(tiny, capsys):
+    ref = save_npz(tiny / 'ref.npz', golden.images(1, 20, 8))
+    evaluate.main([str(save_folder(tiny / 'x', golden.images(0, 20, 8), 'jpg')), '--ref', str(ref)])
+    assert 'JPEG' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('argv, message', [
+    ([], 'name either samples'), (['a.npz'], '--ref is missing'),
+    (['a.npz', '--ref', 'b', '--cfg', '1'], 'need a --ckpt'),
+    (['a.npz', '--ref', 'b', '--features', 'vgg'], 'must be inception or random'),
+    (['a.npz', '--ref', 'b', '--n', '5'], 'too few'), (['a.npz', '--reff', 'b'], '--reff')])
+def test_bad_options_are_one_sentence(argv, message):
+    with pytest.raises(UserError, match=message):
+        evaluate.main(argv)
+
+
+# -------------------------------------------------------------------------------------------------- processes
+
+def share_work(rank, world, folder):
+    """One process of `world`: compare two folders, process 0 writes the numbers down."""
+    if world > 1:
+        torch.distributed.init_process_group('gloo', f'file://{folder}/rendezvous{world}', rank=rank,
+                                             world_size=world)
+    place = dataclasses.replace(HERE, rank=rank, world=world)
+    evaluate.find_place = lambda device, dtype: place
+    evaluate.load_inception = lambda features, path: (Tiny(), evaluate.DIGEST)
+    evaluate.CACHE = f'{folder}/cache{world}'
+    evaluate.load_lpips = Distance
+    tables = []
+    evaluate.report = lambda rows, *args: tables.extend(rows)
+    os.chdir(folder)
+    model = '--ckpt ckpt.pt'
+    for argv in ('s.npz --ref r.npz', f'{model} --ref r.npz --n 11 --cfg 1', f'{model} --reconstruct r.npz',
+                 f'{model} --reconstruct r.npz --latents 1'):
+        evaluate.main(f'{argv} --batch_size 4'.split())
+    if rank == 0:
+        json.dump(tables, open(f'rows{world}.json', 'w'))
+
+
+def test_any_number_of_processes_gives_the_same_numbers(tmp_path):
+    save_npz(tmp_path / 's.npz', golden.images(0, 31, 16))
+    save_npz(tmp_path / 'r.npz', golden.images(1, 23, 16))
+    save_checkpoint(tmp_path / 'ckpt.pt')
+    worlds = [mp.spawn(share_work, (world, str(tmp_path)), world, join=False) for world in (1, 2, 3)]
+    for world in worlds:
+        while not world.join():
+            pass
+    one, *others = [json.load(open(tmp_path / f'rows{world}.json')) for world in (1, 2, 3)]
+    for rows in others:
+        for a, b in zip(one, rows, strict=True):
+            assert a.keys() == b.keys()
+            for name in a.keys() - {'images/s', 'samples', 'decoded'}:
+                assert a[name] == pytest.approx(b[name], rel=1e-6), name
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+class Distance(nn.Module):
+    """Stands in for LPIPS."""
+
+    def __init__(self, *paths):
+        super().__init__()
+
+    def forward(self, a, b):
+        return (a - b).abs().mean((1, 2, 3))
+
+
+def save_checkpoint(path, **more):
+    """An untrained model of 16 x 16 images, of which nothing is zero."""
+    small = dict(image_size=16, latent_dim=8, vae_width=16, vae_mults=(1,), width=16, heads=1, layers=(1, 1))
+    config = Config(**PRESETS['nano'] | small | more)
+    torch.manual_seed(0)
+    model = SimFlow(config, 3)
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.1)
+    torch.save({'config': dataclasses.asdict(config), 'class_names': ['a', 'b', 'c'], 'step': 1,
+                'ema': model.state_dict(), 'model': model.state_dict()}, path)
+    return path
+
+
+def test_guidance_makes_a_table_and_a_curve(tiny, capsys):
+    ckpt, ref = save_checkpoint(tiny / 'ckpt.pt'), save_npz(tiny / 'ref.npz', golden.images(1, 20, 16))
+    rows = run(capsys, '--ckpt', ckpt, '--ref', ref, '--n', 12, '--cfg', 0, 2, '--gamma', 0, 0.5)['rows']
+    assert [(row['cfg'], row['gamma']) for row in rows] == [(0, 0), (2, 0), (0, 0.5), (2, 0.5)]
+    assert len({row['FID'] for row in rows}) == 4
+    assert Image.open(tiny / 'fid_cfg.png').size == (720, 480)
+
+
+def test_batch_size_changes_nothing(tiny, capsys):
+    ckpt, ref = save_checkpoint(tiny / 'ckpt.pt'), save_npz(tiny / 'ref.npz', golden.images(1, 20, 16))
+    argv = ['--ckpt', ckpt, '--ref', ref, '--n', 13, '--batch_size']
+    a, b = [run(capsys, *argv, size)['rows'][0] for size in (3, 13)]
+    assert a['FID'] == pytest.approx(b['FID'], rel=1e-6) and a['IS'] == pytest.approx(b['IS'], rel=1e-6)
+
+
+def test_reconstruct_reports_both_readings(tiny, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, 'load_lpips', Distance)
+    ckpt, data = save_checkpoint(tiny / 'ckpt.pt'), save_npz(tiny / 'data.npz', golden.images(1, 20, 16))
+    noisy, clean = run(capsys, '--ckpt', ckpt, '--reconstruct', data)['rows']
+    assert (noisy['decoded'], clean['decoded']) == ('mu + sigma eps', 'mu')
+    assert noisy['PSNR'] != clean['PSNR'] and noisy['rFID'] != clean['rFID'] and noisy['LPIPS'] > 0
+    assert noisy['rate'] > 0 and noisy['ELBO'] > 0 and 'rate' not in clean
+
+
+def test_rate_is_infinite_without_noise(tiny, capsys):
+    ckpt = save_checkpoint(tiny / 'ckpt.pt', sigma=0.0)
+    data = save_npz(tiny / 'data.npz', golden.images(1, 20, 16))
+    evaluate.main(['--ckpt', str(ckpt), '--reconstruct', str(data), '--features', 'random'])
+    out = capsys.readouterr().out.splitlines()
+    assert ' inf ' in out[1] and json.loads(out[-1])['rows'][0]['rate'] is None
+
+
+def test_likelihood_by_its_definition():
+    """For a flow that is the identity and an encoder that says N(m, s): KL of Gaussians, Gaussian pixels."""
+    g = torch.Generator().manual_seed(0)
+    m, s = torch.randn(2000, 4, 8, generator=g), 0.5
+    x = m + s * torch.randn(m.shape, generator=g)
+    image, recon = torch.rand(2, 2000, 3, 4, 4, generator=g)
+    rate, elbo = evaluate.likelihood(x.square().mean((1, 2)) / 2, s, x, image, recon, 0.2)
+    normal = torch.distributions.Normal
+    kl = torch.distributions.kl_divergence(normal(m, s), normal(0.0, 1.0)).mean()
+    assert rate.mean() * np.log(2) == pytest.approx(kl.item(), abs=0.01)
+    pixels = -normal(recon, 0.2).log_prob(image).mean() / np.log(2) + np.log2(127.5)
+    assert (elbo - rate * 32 / 48).mean().item() == pytest.approx(pixels.item(), rel=1e-5)
+    learned, _ = evaluate.likelihood(x.square().mean((1, 2)) / 2, torch.full_like(x, s), x, image, recon, 0.2)
+    torch.testing.assert_close(learned, rate)
+
+
+def test_latents_draws_and_measures(tiny, capsys):
+    ckpt, data = save_checkpoint(tiny / 'ckpt.pt'), save_npz(tiny / 'data.npz', golden.images(1, 20, 16))
+    row, = run(capsys, '--ckpt', ckpt, '--latents', 1, '--reconstruct', data)['rows']
+    assert row['PSNR at 0'] != row['PSNR at 2'] and 0 < row['spectral entropy'] <= 1 and row['std of mu'] > 0
+    for name, size in (('noise', (720, 480)), ('std', (720, 480)), ('interpolation', (11 * 16, 4 * 16))):
+        assert Image.open(tiny / f'latents_{name}.png').size == size
+
+
+def test_grid_statistics_of_known_grids():
+    i = torch.arange(8.0)
+    ramp, checker = i[:, None].expand(8, 8), (i[:, None] + i) % 2 * 2 - 1
+    wave = torch.cos(2 * torch.pi * i / 8)[:, None].expand(8, 8)
+    grids = torch.stack([ramp, checker, wave]).reshape(3, 64, 1)
+    stats = evaluate.grid_statistics(grids)
+    assert stats['total variation'][:2].tolist() == pytest.approx([0.5, 2])       # down 1, across 0
+    assert stats['high frequencies'].tolist()[1:] == pytest.approx([1, 0], abs=1e-6)
+    # A cosine is two frequencies of the 63; a checkerboard is one.
+    assert stats['spectral entropy'].tolist()[1:] == pytest.approx([0, np.log(2) / np.log(63)], abs=1e-5)
+    assert stats['autocorrelation'][1] < 0 < 0.9 < stats['autocorrelation'][0]
+    noise = evaluate.grid_statistics(torch.randn(4, 256, 16, generator=torch.Generator().manual_seed(0)))
+    assert (noise['spectral entropy'] > 0.9).all() and (noise['autocorrelation'].abs() < 0.05).all()
+
+
+def test_ticks_are_round_and_few():
+    for low, high in ((0, 1), (-0.1, 2.1), (13.7, 14.9), (0, 5e4), (-3e-5, 4e-5)):
+        values = evaluate.ticks(low, high)
+        assert 4 <= len(values) <= 11
+        assert np.abs(np.array(values) * 2 - low - high).max() <= (high - low) * 1.001
