@@ -89,8 +89,6 @@ class Options:
                 (self.n >= SPLITS, f'--n {self.n} is too few: the numbers need {SPLITS} images or more'),
                 (self.ref_n == 0 or self.ref_n >= SPLITS,
                  f'--ref_n {self.ref_n} must be 0, or {SPLITS} or more'),
-                (self.dtype in ('', 'float32', 'bfloat16'),
-                 f'--dtype {self.dtype} must be float32 or bfloat16'),
                 (self.batch_size > 0, f'--batch_size must be positive, not {self.batch_size}'),
                 (self.decoder_std > 0, f'--decoder_std must be positive, not {self.decoder_std}')):
             if not fine:

@@ -6,6 +6,7 @@
 Nothing is detached: the flow's gradient reaches the encoder through x.
 """
 import argparse
+import atexit
 import dataclasses
 from dataclasses import dataclass, field
 import math
@@ -123,7 +124,6 @@ class Config:
         require(self.beta2 < 1, '--beta2 must be less than 1')
         require(self.l1 + self.l2 > 0, 'one of --l1 and --l2 must be positive: nothing else teaches the decoder')
         require(self.epochs + self.steps > 0, 'one of --steps and --epochs must be positive')
-        require(self.dtype in ('', 'float32', 'bfloat16'), f'--dtype {self.dtype} must be float32 or bfloat16')
 
 
 POSITIVE = ('image_size latent_dim vae_width vae_patch width heads gan_width gan_layers batch_size grad_accum lr clip '
@@ -133,9 +133,12 @@ NOT_NEGATIVE = ('sigma l1 l2 lpips gan gan_start gan_lr epochs steps stop_at lr_
 SHARES = 'class_drop constant ema beta2'.split()
 
 # A row is what differs from Config's defaults, which are XXL's (SimFlow Tables 8 and 9).
-NANO = dict(data='shapes', image_size=32, latent_dim=32, vae_width=32, vae_mults=(1, 2), vae_patch=4,
-            width=128, heads=2, layers=(2, 2, 2, 6), l1=0.0, l2=20.0, lpips=0.0, gan=0.0, gan_width=32, gan_layers=2,
-            batch_size=64, steps=1500, lr=1e-3, lr_end=2e-5, warmup=100, beta2=0.99, ema=0.998, workers=1,
+# nano is for a CPU: patches of 4 pixels make the first level of the VAE small, 64 tokens of 16 channels are easy to
+# learn for it, and a larger weight of the pixel error stands in for the missing perceptual loss.
+NANO = dict(data='shapes', image_size=32, latent_dim=16, vae_width=64, vae_mults=(1,), vae_patch=4,
+            width=128, heads=2, layers=(2, 2, 4), l1=0.0, l2=100.0, lpips=0.0,
+            gan=0.3, gan_adaptive=False, gan_start=1000, gan_lr=5e-4, gan_width=32, gan_layers=2,
+            batch_size=32, steps=2500, lr=1e-3, lr_end=2e-5, warmup=100, beta2=0.99, ema=0.999, workers=1,
             log_interval=50, save_interval=250, sample_interval=500)
 PRESETS = {
     'nano': NANO,
@@ -279,7 +282,7 @@ class Place:
 
 
 def find_place(device='', dtype='', compile=None):
-    """The best device here, as torchrun's environment has it. UserError for a device that is not."""
+    """The best device here, as torchrun's environment has it. UserError for a device or dtype that is not."""
     if not device:
         device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     local = int(os.environ.get('LOCAL_RANK', 0))
@@ -296,9 +299,12 @@ def find_place(device='', dtype='', compile=None):
     if not dtype:
         # A CPU or an old GPU can emulate bfloat16, many times slower than float32.
         dtype = 'bfloat16' if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else 'float32'
+    if dtype not in ('float32', 'bfloat16'):
+        raise UserError(f'--dtype {dtype} must be float32 or bfloat16')
     place = Place(device, getattr(torch, dtype), cuda if compile is None else compile)
     if 'RANK' in os.environ:
         dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo')
+        atexit.register(dist.destroy_process_group)
         place.rank, place.world = dist.get_rank(), dist.get_world_size()
     return place
 
@@ -454,7 +460,7 @@ HEADS_URL = 'https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/
 def load_lpips(vgg_path='', heads_path=''):
     """-> LPIPS with its released weights, read from the paths or downloaded once. UserError if they can't be had."""
     folder = os.path.join(torch.hub.get_dir(), 'checkpoints')
-    advice = 'put it there by hand, name a copy with --{}, or train without the perceptual loss: --lpips 0 --l2 20'
+    advice = 'put it there by hand, name a copy with --{}, or train without the perceptual loss: --lpips 0 --l2 400'
     vgg_path = vgg_path or fetch(VGG16_URL, os.path.join(folder, 'vgg16-397923af.pth'), 'sha256:397923af',
                                  advice.format('lpips_vgg'))
     heads_path = heads_path or fetch(HEADS_URL, os.path.join(folder, 'lpips_v0.1_vgg.pth'),
@@ -464,4 +470,4 @@ def load_lpips(vgg_path='', heads_path=''):
                               for path in (vgg_path, heads_path)))
     except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as e:
         raise UserError(f'{vgg_path} and {heads_path} are not the weights of VGG16 and of LPIPS ({type(e).__name__}); '
-                        'name good copies with --lpips_vgg and --lpips_heads, or do without: --lpips 0 --l2 20')
+                        'name good copies with --lpips_vgg and --lpips_heads, or do without: --lpips 0 --l2 400')

@@ -22,11 +22,14 @@ def norm(channels):
 
 
 class ResBlock(nn.Module):
+    """Starts as its skip connection, which LDM's does not: the nano preset then learns to reconstruct faster."""
+
     def __init__(self, cin, cout):
         super().__init__()
         self.norm1, self.conv1 = norm(cin), nn.Conv2d(cin, cout, 3, padding=1)
         self.norm2, self.conv2 = norm(cout), nn.Conv2d(cout, cout, 3, padding=1)
         self.skip = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
+        nn.init.zeros_(self.conv2.weight)
 
     def forward(self, h):
         r = self.conv1(F.silu(self.norm1(h)))
@@ -35,13 +38,14 @@ class ResBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """One head over all positions of the grid."""
+    """One head over all positions of the grid. Starts as the identity."""
 
     def __init__(self, c):
         super().__init__()
         self.norm = norm(c)
         self.qkv = nn.Conv2d(c, 3 * c, 1)
         self.proj = nn.Conv2d(c, c, 1)
+        nn.init.zeros_(self.proj.weight)
 
     def forward(self, h):
         q, k, v = self.qkv(self.norm(h)).flatten(2).transpose(1, 2).chunk(3, dim=-1)       # 3 x (B, hw, c)

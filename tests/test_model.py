@@ -57,15 +57,16 @@ def test_asking_for_epochs_replaces_a_presets_steps():
     (['--steps', '1.5'], '--steps'), (['--compile', 'yes'], '--compile'), (['--model', 'M'], '--model'),
     (['--gan', '-1'], '--gan'), (['--image_size', '30'], '--image_size'), (['--heads', '3'], '--heads'),
     (['--class_drop', '2'], '--class_drop'), (['--l2', '0'], '--l2'), (['--batch_size', '0'], '--batch_size'),
-    (['--layers', '2,0'], '--layers'), (['--dtype', 'int8'], '--dtype'), (['--vae_width', '6'], '--vae_width')])
+    (['--layers', '2,0'], '--layers'), (['--vae_width', '6'], '--vae_width'), (['--gan_width', '6'], '--gan_width')])
 def test_mistakes_name_the_option(argv, word):
     with pytest.raises(UserError, match=word):
         parse(*argv).check()
 
 
-def test_unknown_device():
-    with pytest.raises(UserError, match='--device'):
-        find_place('tpu')
+def test_unknown_device_and_dtype():
+    for place, word in [(('tpu', ''), '--device'), (('cpu', 'float3'), '--dtype')]:
+        with pytest.raises(UserError, match=word):
+            find_place(*place)
 
 
 def test_random_streams_do_not_meet():
