@@ -1,6 +1,6 @@
 """SimFlow = VAE + flow, trained as one; its configuration, and the losses that look at images.
 
-    mu = LayerNorm(Encoder(image))         x = mu + sigma * noise          (SimFlow section 3.2)
+    mu = LayerNorm(Encoder(image))         x = mu + sigma * noise          (SimFlow section 4.1)
     loss = rec(Decoder(x), image) + nll(Flow(x))                           (SimFlow Eq. 4)
 
 Nothing is detached: the flow's gradient reaches the encoder through x.
@@ -29,7 +29,7 @@ from flow import Flow
 from vae import VAE
 
 
-# ----------------------------------------------------------------------------------------------- configuration
+# ------------------------------------------------------------------------------------ configuration
 
 def option(default, help):
     return field(default=default, metadata={'help': help})
@@ -37,22 +37,25 @@ def option(default, help):
 
 @dataclass
 class Config:
-    """Everything that makes a run. The fields are train.py's options; a preset only changes their defaults."""
+    """Everything that makes a run. The fields are train.py's options; a preset only changes their
+    defaults."""
     model: str = option('nano', 'preset: a row of PRESETS')
-    data: str = option('imagenet/train', 'shapes, cifar10, fashion_mnist, or a folder or zip of class folders')
+    data: str = option('imagenet/train', 'shapes, cifar10, fashion_mnist, or a folder or zip of '
+                       'class folders')
     out: str = option('out', 'output directory; an unfinished run found there is resumed')
     image_size: int = option(256, 'pixels a side')
     flip: bool | None = option(None, 'random mirror images; default: where the data allows')
     workers: int = option(8, 'data loading processes per GPU')
 
-    sigma: float = option(0.5, 'standard deviation of the noise on the latents, the constant of SimFlow')
+    sigma: float = option(0.5, "standard deviation of the noise on the latents, SimFlow's constant")
     latent_dim: int = option(64, 'channels of a token, D')
     vae_width: int = option(128, "channels of the VAE's first level")
-    vae_mults: tuple[int, ...] = option((1, 1, 2, 2, 4), 'multipliers of that width, a level each')
+    vae_mults: tuple[int, ...] = option((1, 1, 2, 2, 4), 'multipliers of it, a level each')
     vae_patch: int = option(1, 'pixels a side that the first level takes as one')
     width: int = option(1152, "width of the flow's transformers, C")
     heads: int = option(16, 'attention heads')
-    layers: tuple[int, ...] = option((2, 2, 2, 2, 2, 46), 'layers of each block of the flow, image -> noise')
+    layers: tuple[int, ...] = option((2, 2, 2, 2, 2, 46),
+                                     'layers of each block of the flow, image -> noise')
 
     l1: float = option(1.0, 'weight of the absolute pixel error')
     l2: float = option(0.0, 'weight of the squared pixel error')
@@ -61,7 +64,8 @@ class Config:
     lpips_heads: str = option('', "LPIPS v0.1's linear heads; default: download once")
     gan: float = option(0.1, 'weight of the adversarial loss; 0 is off')
     gan_start: int = option(0, 'first step with the adversarial loss')
-    gan_adaptive: bool = option(True, 'scale that weight by the ratio of gradient norms at the last layer')
+    gan_adaptive: bool = option(True, 'scale that weight by the ratio of gradient norms at the '
+                                      'last layer')
     gan_lr: float = option(1e-4, 'learning rate of the discriminator')
     gan_width: int = option(64, 'channels of its first layer')
     gan_layers: int = option(3, 'its stride-2 layers')
@@ -81,7 +85,8 @@ class Config:
     seed: int = option(0, 'of everything random')
 
     device: str = option('', 'cuda, mps, cpu; default: the best there is')
-    dtype: str = option('', 'float32 or bfloat16 (autocast); default: bfloat16 on GPUs that have it')
+    dtype: str = option('', 'float32 or bfloat16 (autocast); default: bfloat16 on GPUs that have '
+                            'it')
     compile: bool | None = option(None, 'torch.compile; default: on CUDA GPUs')
     grad_accum: int = option(1, 'micro-batches a step')
     grad_ckpt: bool = option(False, 'recompute activations in backward: slower, less memory')
@@ -106,40 +111,46 @@ class Config:
                 raise UserError(sentence)
 
         for name in ('layers', 'vae_mults'):
-            require(min(getattr(self, name)) > 0, f'--{name} must be positive integers, such as 2,2,6')
+            require(min(getattr(self, name)) > 0,
+                    f'--{name} must be positive integers, such as 2,2,6')
         for name in POSITIVE:
-            require(getattr(self, name) > 0, f'--{name} must be positive, not {getattr(self, name)}')
+            value = getattr(self, name)
+            require(value > 0, f'--{name} must be positive, not {value}')
         for name in NOT_NEGATIVE:
-            require(getattr(self, name) >= 0, f'--{name} must not be negative, but is {getattr(self, name)}')
+            value = getattr(self, name)
+            require(value >= 0, f'--{name} must not be negative, but is {value}')
         for name in SHARES:
-            require(0 <= getattr(self, name) <= 1, f'--{name} must be between 0 and 1, not {getattr(self, name)}')
-        require(self.image_size % self.factor == 0,
-                f'--image_size {self.image_size} must be a multiple of the down-sampling factor {self.factor}')
-        require(self.width % self.heads == 0, f'--width {self.width} must be a multiple of --heads {self.heads}')
+            value = getattr(self, name)
+            require(0 <= value <= 1, f'--{name} must be between 0 and 1, not {value}')
+        require(self.image_size % self.factor == 0, f'--image_size {self.image_size} must be a '
+                f'multiple of the down-sampling factor {self.factor}')
+        require(self.width % self.heads == 0,
+                f'--width {self.width} must be a multiple of --heads {self.heads}')
         require(all(self.vae_width * m % 4 == 0 for m in self.vae_mults),
                 f'--vae_width {self.vae_width} times each of --vae_mults must be a multiple of 4')
         require(self.image_size >= 3 * 2 ** self.gan_layers or not self.gan,
                 f'--image_size {self.image_size} is too small for --gan_layers {self.gan_layers}')
         require(self.gan_width % 4 == 0, f'--gan_width {self.gan_width} must be a multiple of 4')
         require(self.beta2 < 1, '--beta2 must be less than 1')
-        require(self.l1 + self.l2 > 0, 'one of --l1 and --l2 must be positive: nothing else teaches the decoder')
+        require(self.l1 + self.l2 > 0,
+                'one of --l1 and --l2 must be positive: nothing else teaches the decoder')
         require(self.epochs + self.steps > 0, 'one of --steps and --epochs must be positive')
 
 
-POSITIVE = ('image_size latent_dim vae_width vae_patch width heads gan_width gan_layers batch_size grad_accum lr clip '
-            'log_interval').split()
-NOT_NEGATIVE = ('sigma l1 l2 lpips gan gan_start gan_lr epochs steps stop_at lr_end warmup seed workers save_interval '
-                'sample_interval').split()
+POSITIVE = ('image_size latent_dim vae_width vae_patch width heads gan_width gan_layers batch_size '
+            'grad_accum lr clip log_interval').split()
+NOT_NEGATIVE = ('sigma l1 l2 lpips gan gan_start gan_lr epochs steps stop_at lr_end warmup seed '
+                'workers save_interval sample_interval').split()
 SHARES = 'class_drop constant ema beta2'.split()
 
 # A row is what differs from Config's defaults, which are XXL's (SimFlow Tables 8 and 9).
-# nano is for a CPU: patches of 4 pixels make the first level of the VAE small, 64 tokens of 16 channels are easy to
-# learn for it, and a larger weight of the pixel error stands in for the missing perceptual loss.
+# nano is for a CPU. Patches of 4 pixels make its VAE small, and 64 tokens of 16 channels are easier to
+# learn for it than 16 of 64. Without a perceptual loss the pixel error needs the larger weight. Without
+# an adversarial one it is blurrier, but at this size the discriminator made it worse: see the README.
 NANO = dict(data='shapes', image_size=32, latent_dim=16, vae_width=64, vae_mults=(1,), vae_patch=4,
-            width=128, heads=2, layers=(2, 2, 4), l1=0.0, l2=100.0, lpips=0.0,
-            gan=0.3, gan_adaptive=False, gan_start=1000, gan_lr=5e-4, gan_width=32, gan_layers=2,
-            batch_size=32, steps=2500, lr=1e-3, lr_end=2e-5, warmup=100, beta2=0.99, ema=0.999, workers=1,
-            log_interval=50, save_interval=250, sample_interval=500)
+            width=128, heads=2, layers=(2, 2, 4), l1=0.0, l2=100.0, lpips=0.0, gan=0.0,
+            gan_width=32, gan_layers=2, batch_size=32, steps=2500, lr=1e-3, lr_end=2e-5, warmup=100,
+            beta2=0.99, ema=0.999, workers=1, log_interval=50, save_interval=250, sample_interval=500)
 PRESETS = {
     'nano': NANO,
     'S': dict(width=384, heads=6, layers=(2, 2, 2, 2, 2, 2)),
@@ -160,13 +171,18 @@ def parse_ints(text):
     try:
         return tuple(int(part) for part in text.split(','))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}' must be integers with commas between, such as 2,2,6")
+        raise argparse.ArgumentTypeError(
+            f"'{text}' must be integers with commas between, such as 2,2,6")
 
 
 def parse_number(text):
-    if not math.isfinite(float(text)):
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
         raise argparse.ArgumentTypeError(f"'{text}' must be a finite number")
-    return float(text)
+    return number
 
 
 PARSERS = {bool: parse_zero_or_one, bool | None: parse_zero_or_one, tuple[int, ...]: parse_ints,
@@ -174,28 +190,30 @@ PARSERS = {bool: parse_zero_or_one, bool | None: parse_zero_or_one, tuple[int, .
 
 
 def parse_options(cls, argv, description, presets={}):
-    """Command line -> an instance of dataclass `cls`. Each field is an option, --name value; `presets` is a table of
-    rows of defaults, chosen by the option --model. Raises UserError for whatever it does not understand."""
+    """Command line -> an instance of dataclass `cls`. Each field is an option, --name value;
+    `presets` is a table of rows of defaults, chosen by the option --model. Raises UserError for
+    whatever it does not understand."""
     parser = Parser(description=description, allow_abbrev=False)
     for f in dataclasses.fields(cls):
         many = typing.get_origin(f.type) is list
         kind = typing.get_args(f.type)[0] if many else f.type
         default = '' if f.default in ('', None, ()) else ' (default: %(default)s)'
-        parser.add_argument('--' + f.name, default=f.default, help=f.metadata['help'] + default, metavar='',
-                            type=PARSERS.get(kind, kind), nargs='+' if many else None,
+        parser.add_argument('--' + f.name, default=f.default, help=f.metadata['help'] + default,
+                            metavar='', type=PARSERS.get(kind, kind), nargs='+' if many else None,
                             choices=presets if f.name == 'model' and presets else None)
     if presets:
         chosen = parser.parse_known_args([a for a in argv if a not in ('-h', '--help')])[0]
         parser.set_defaults(**presets[chosen.model])
-        if any(a.split('=')[0] == '--epochs' for a in argv):       # asked for, so a preset's steps must not win
-            parser.set_defaults(steps=0)
+        if any(a.split('=')[0] == '--epochs' for a in argv):       # asked for: a preset's steps
+            parser.set_defaults(steps=0)                           # must not win
     return cls(**vars(parser.parse_args(argv)))
 
 
-# ----------------------------------------------------------------------------------------------------- the model
+# ---------------------------------------------------------------------------------------- the model
 
 class SimFlow(nn.Module):
-    """classes: how many; 0 for data without labels. The class index `classes` means "no class"."""
+    """VAE and flow. classes: how many, 0 for data without labels; as a class index it means "no
+    class"."""
 
     def __init__(self, config, classes):
         super().__init__()
@@ -204,15 +222,17 @@ class SimFlow(nn.Module):
         self.flow = Flow(c.latent_dim, c.tokens, c.width, c.heads, c.layers, classes)
 
     def latents(self, image, noise):
-        """image (B, 3, H, W) in [-1, 1], noise (B, T, D) -> x = mu + sigma * noise, mu; both (B, T, D)"""
+        """image (B, 3, H, W) in [-1, 1], noise (B, T, D) -> x = mu + sigma * noise, mu; both
+        (B, T, D)"""
         mu, sigma = self.vae.encode(image)
         return mu + sigma * noise, mu
 
     def forward(self, image, y, noise):
-        """image (B, 3, H, W) in [-1, 1], y (B,), noise (B, T, D) -> recon (B, 3, H, W), nll (B,), mu (B, T, D)
+        """image (B, 3, H, W) in [-1, 1], y (B,), noise (B, T, D) -> recon (B, 3, H, W), nll (B,),
+        mu (B, T, D)
 
-        nll is in nats per latent dimension, without the constant 0.5 log(2 pi). The entropy of q(x | image) is
-        constant with a constant sigma, so it is not part of the loss.
+        nll is in nats per latent dimension, without the constant 0.5 log(2 pi). The entropy of
+        q(x | image) is constant with a constant sigma, so it is not part of the loss (SimFlow A.3).
         """
         x, mu = self.latents(image, noise)
         return self.vae.decode(x), self.flow.nll(x, y), mu
@@ -221,19 +241,22 @@ class SimFlow(nn.Module):
     def generate(self, y, noise, cfg=0.0, gamma=0.0):
         """y (B,), noise (B, T, D) -> images (B, 3, H, W) in [-1, 1]
 
-        cfg: STARFlow's guidance in the deep block. gamma: SimFlow's score step (Eq. 6). 0 turns either off.
+        cfg: STARFlow's guidance in the deep block. gamma: SimFlow's score step (Eq. 6). 0 turns
+        either off.
         """
         x = self.flow.sample(noise, y, cfg)
         if gamma:
+            # An image's activations take about as much memory as the keys and values of 16.
             x = self.flow.score_step(x, y, gamma, micro_batch=max(1, len(x) // 16))
         return self.vae.decode(x).clamp(-1, 1)
 
 
-# ------------------------------------------------------------------------------------ devices, processes, randomness
+# ------------------------------------------------------------------- devices, processes, randomness
 
 @dataclass
 class Place:
-    """Where this process works: its device, the dtype of its matrix products, and its rank among `world`."""
+    """Where this process works: its device, the dtype of its matrix products, and its rank among
+    `world`."""
     device: torch.device
     dtype: torch.dtype
     compile: bool
@@ -241,11 +264,15 @@ class Place:
     world: int = 1
 
     def autocast(self):
-        """bfloat16 matrix products where the hardware has them; parameters and sums stay float32."""
+        """bfloat16 matrix products where the hardware has them; parameters and sums stay float32.
+        """
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def distribute(self, module):
-        return DistributedDataParallel(module, gradient_as_bucket_view=True) if self.world > 1 else module
+        """-> the module, its gradients averaged over the processes, its weights those of rank 0"""
+        if self.world == 1:
+            return module
+        return DistributedDataParallel(module, gradient_as_bucket_view=True)
 
     def mean(self, values):
         """In place, over the processes."""
@@ -254,7 +281,8 @@ class Place:
             values /= self.world
 
     def max(self, number):
-        """Largest of the processes' integers. A CPU tensor travels by gloo, so no process waits for its GPU."""
+        """Largest of the processes' integers. A CPU tensor travels by gloo, so no process waits for
+        its GPU."""
         if self.world == 1:
             return number
         number = torch.tensor(number)
@@ -277,14 +305,16 @@ class Place:
 
     def print(self, text):
         if self.rank == 0:
-            tqdm.write(text)                                       # above a progress bar, if there is one
+            tqdm.write(text)                                       # above a progress bar, if any
             sys.stdout.flush()                                     # a log file shall not lag behind
 
 
 def find_place(device='', dtype='', compile=None):
-    """The best device here, as torchrun's environment has it. UserError for a device or dtype that is not."""
+    """-> Place: the best device here, or the one asked for, as torchrun's environment has it.
+    UserError for a device or dtype that is not."""
     if not device:
-        device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+        device = ('cuda' if torch.cuda.is_available() else
+                  'mps' if torch.backends.mps.is_available() else 'cpu')
     local = int(os.environ.get('LOCAL_RANK', 0))
     if device == 'cuda' and 'LOCAL_RANK' in os.environ:
         device = f'cuda:{local}'
@@ -298,7 +328,8 @@ def find_place(device='', dtype='', compile=None):
         torch.cuda.set_device(device)
     if not dtype:
         # A CPU or an old GPU can emulate bfloat16, many times slower than float32.
-        dtype = 'bfloat16' if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else 'float32'
+        fast = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = 'bfloat16' if fast else 'float32'
     if dtype not in ('float32', 'bfloat16'):
         raise UserError(f'--dtype {dtype} must be float32 or bfloat16')
     place = Place(device, getattr(torch, dtype), cuda if compile is None else compile)
@@ -309,27 +340,30 @@ def find_place(device='', dtype='', compile=None):
     return place
 
 
-TRAIN, SAMPLE, RECON = range(3)                                    # streams of randomness that must not meet
+TRAIN, SAMPLE, RECON = range(3)                                    # random streams, never to meet
 
 
 def generator(device, stream, seed, index=0):
-    """A random number generator that depends on these integers alone: index is a step, or an image's."""
+    """A random number generator that depends on these integers alone: index is a step, or an
+    image's."""
     seed = int(np.random.SeedSequence((stream, seed, index)).generate_state(1, np.uint64)[0] >> 1)
     return torch.Generator(device).manual_seed(seed)
 
 
 def sample_images(model, labels, seed, place, batch_size, cfg=0.0, gamma=0.0):
-    """Yield images (b, H, W, 3) uint8 in order; every process gets all of them and makes its share.
+    """Yield images (b, H, W, 3) uint8 in order; every process gets all of them and makes its share,
+    at most batch_size at once. All processes must call it, and take all.
 
-    Image i has class labels[i] and noise from (seed, i), so it depends neither on batch_size nor on the processes.
+    Image i has class labels[i] and noise from (seed, i), so it depends neither on batch_size nor on
+    the processes.
     """
     for start in range(0, len(labels), batch_size * place.world):
         first = start + place.rank * batch_size
         index = range(first, min(first + batch_size, len(labels)))
         images = np.zeros((0, 0, 0, 3), np.uint8)
         if index:
-            noise = torch.stack([torch.randn(model.flow.shape, generator=generator('cpu', SAMPLE, seed, i))
-                                 for i in index])
+            sources = [generator('cpu', SAMPLE, seed, i) for i in index]
+            noise = torch.stack([torch.randn(model.flow.shape, generator=g) for g in sources])
             with place.autocast():
                 y = labels[index.start:index.stop].to(place.device)
                 images = to_uint8(model.generate(y, noise.to(place.device), cfg, gamma))
@@ -356,24 +390,33 @@ def grid(images, columns):
     rows = -(-n // columns)
     canvas = np.full((rows * columns, h, w, 3), 255, np.uint8)
     canvas[:n] = images
-    return Image.fromarray(canvas.reshape(rows, columns, h, w, 3).transpose(0, 2, 1, 3, 4).reshape(rows * h, -1, 3))
+    canvas = canvas.reshape(rows, columns, h, w, 3).transpose(0, 2, 1, 3, 4)
+    return Image.fromarray(canvas.reshape(rows * h, columns * w, 3))
 
 
-def load_checkpoint(path):
-    """-> the dictionary that train.py saved, on the CPU. UserError if it is not one."""
+# What torch.load, or a look inside, raises on files that are not what they should be.
+DAMAGED = OSError, RuntimeError, EOFError, LookupError, TypeError, pickle.UnpicklingError
+
+
+def load_checkpoint(path, mmap=False):
+    """-> the dictionary that train.py saved, on the CPU. UserError if it is not one. With mmap, its
+    tensors stay in the file until they are used."""
     try:
-        state = torch.load(path, map_location='cpu', weights_only=True)
+        state = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
         state['config'], state['class_names'], state['step']
         return state
     except FileNotFoundError:
-        raise UserError(f'there is no checkpoint {path}; train one with `python train.py`, or name one with --ckpt')
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as e:
-        raise UserError(f'{path} is not a checkpoint of train.py, or is damaged ({type(e).__name__})')
+        raise UserError(f'there is no checkpoint {path}; train one with `python train.py`, or name '
+                        'one with --ckpt')
+    except DAMAGED as e:
+        raise UserError(f'{path} is not a checkpoint of train.py, or is damaged '
+                        f'({type(e).__name__})')
 
 
 def load_model(path):
-    """-> SimFlow with the EMA weights of a checkpoint, its Config, class names"""
-    state = load_checkpoint(path)
+    """-> SimFlow with the EMA weights of a checkpoint, its Config, class names. UserError if it is
+    not one."""
+    state = load_checkpoint(path, mmap=True)                       # of which it takes a quarter
     known = {f.name for f in dataclasses.fields(Config)}
     config = Config(**{k: v for k, v in state['config'].items() if k in known})
     model = SimFlow(config, len(state['class_names'])).eval().requires_grad_(False)
@@ -381,13 +424,14 @@ def load_model(path):
     return model, config, state['class_names']
 
 
-# ---------------------------------------------------------------------------------------------------- the losses
+# --------------------------------------------------------------------------------------- the losses
 
 class Discriminator(nn.Sequential):
-    """PatchGAN (Isola et al. 2017, arXiv:1611.07004): (B, 3, H, W) -> logits (B, 1, h, w), one for each patch.
+    """PatchGAN (Isola et al. 2017, arXiv:1611.07004): (B, 3, H, W) -> logits (B, 1, h, w), one for
+    each patch.
 
-    GroupNorm where the original has BatchNorm, whose statistics would tie the images of a batch together: two
-    processes of B/2 would then not equal one of B.
+    GroupNorm where the original has BatchNorm, whose statistics would tie the images of a batch
+    together: two processes of B/2 would then not equal one of B.
     """
 
     def __init__(self, width, layers):
@@ -396,20 +440,24 @@ class Discriminator(nn.Sequential):
         for i in range(1, layers + 1):
             cin, c = c, min(2 * c, 8 * width)
             stride = 2 if i < layers else 1
-            stack += [nn.Conv2d(cin, c, 4, stride, padding=1), nn.GroupNorm(math.gcd(16, c // 4), c), nn.LeakyReLU(0.2)]
+            stack += [nn.Conv2d(cin, c, 4, stride, padding=1),
+                      nn.GroupNorm(math.gcd(16, c // 4), c), nn.LeakyReLU(0.2)]
         super().__init__(*stack, nn.Conv2d(c, 1, 4, padding=1))
 
 
 def hinge(logits_real, logits_fake):
-    """The discriminator's loss (Lim & Ye 2017); the generator's is -logits_fake.mean()."""
+    """The discriminator's loss (Lim & Ye 2017, arXiv:1705.02894), from logits of any shape; the
+    generator's is -logits_fake.mean()."""
     return 0.5 * (F.relu(1 - logits_real).mean() + F.relu(1 + logits_fake).mean())
 
 
 def adaptive_weight(grad_rec, grad_gan):
-    """VQGAN's weight (Esser et al. 2021, Eq. 7): both losses pull at the decoder's last layer equally hard.
+    """VQGAN's weight (Esser et al. 2021, arXiv:2012.09841, Eq. 7): both losses pull at the
+    decoder's last layer equally hard. Their gradients there, of one shape -> a scalar.
 
-    The cap matters when the discriminator's gradient vanishes. Each process and each micro-batch takes its own ratio
-    over the images it has, so with an adaptive weight 1 x B and 2 x B/2 agree in expectation, not to rounding.
+    The cap matters when the discriminator's gradient vanishes. Each process and each micro-batch
+    takes its own ratio over the images it has, so with an adaptive weight 1 x B and 2 x B/2 agree
+    about, not to rounding.
     """
     return (grad_rec.norm() / (grad_gan.norm() + 1e-4)).clamp(max=1e4).detach()
 
@@ -417,18 +465,23 @@ def adaptive_weight(grad_rec, grad_gan):
 class LPIPS(nn.Module):
     """Perceptual distance (Zhang et al. 2018, arXiv:1801.03924), version 0.1 on VGG16's features.
 
-    Two images (B, 3, H, W) in [-1, 1] -> (B,): squared differences of channel-normalised features, weighted channel by
-    channel (the heads), averaged over positions, summed over five depths.
+    Two images (B, 3, H, W) in [-1, 1] -> (B,): squared differences of channel-normalised features,
+    weighted channel by channel (the heads), averaged over positions, summed over five depths.
     """
-    PLAN = 64, 64, 'pool', 128, 128, 'pool', 256, 256, 256, 'pool', 512, 512, 512, 'pool', 512, 512, 512
-    TAPS = {3: 64, 8: 128, 15: 256, 22: 512, 29: 512}              # index in torchvision's vgg16().features: channels
+    PLAN = (64, 64, 'pool', 128, 128, 'pool', 256, 256, 256, 'pool', 512, 512, 512, 'pool',
+            512, 512, 512)
+    # Depths: the index in torchvision's vgg16().features, and its channels.
+    TAPS = {3: 64, 8: 128, 15: 256, 22: 512, 29: 512}
 
     def __init__(self):
         super().__init__()
         layers, cin = [], 3
         for c in self.PLAN:
-            layers += [nn.MaxPool2d(2)] if c == 'pool' else [nn.Conv2d(cin, c, 3, padding=1), nn.ReLU()]
-            cin = cin if c == 'pool' else c
+            if c == 'pool':
+                layers += [nn.MaxPool2d(2)]
+            else:
+                layers += [nn.Conv2d(cin, c, 3, padding=1), nn.ReLU()]
+                cin = c
         self.features = nn.Sequential(*layers)
         self.heads = nn.ParameterList(torch.zeros(1, c, 1, 1) for c in self.TAPS.values())
         self.register_buffer('shift', torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
@@ -436,7 +489,8 @@ class LPIPS(nn.Module):
         self.eval().requires_grad_(False)
 
     def load(self, vgg, heads):
-        """State dictionaries of torchvision's vgg16 and of the lpips package's v0.1/vgg.pth. KeyError, RuntimeError."""
+        """State dictionaries of torchvision's vgg16 and of the lpips package's v0.1/vgg.pth ->
+        self. KeyError, RuntimeError if they are not."""
         self.features.load_state_dict({k: vgg[f'features.{k}'] for k in self.features.state_dict()})
         for i, head in enumerate(self.heads):
             head.copy_(heads[f'lin{i}.model.1.weight'])
@@ -446,28 +500,34 @@ class LPIPS(nn.Module):
         total, h = 0, (torch.cat([a, b]) - self.shift) / self.scale
         for i, layer in enumerate(self.features):
             h = layer(h)
-            if i in self.TAPS:                                     # normalised in float32: bf16 squares underflow
-                unit_a, unit_b = (h.float() / (h.float().norm(dim=1, keepdim=True) + 1e-10)).chunk(2)
-                head = self.heads[list(self.TAPS).index(i)]
+            if i in self.TAPS:                                     # float32: squares underflow
+                f = h.float()
+                unit_a, unit_b = (f / (f.norm(dim=1, keepdim=True) + 1e-10)).chunk(2)
+                head = self.heads[list(self.TAPS).index(i)]        # (1, c, 1, 1)
                 total = total + (head * (unit_a - unit_b).square()).sum(1).mean((1, 2))
         return total
 
 
 VGG16_URL = 'https://download.pytorch.org/models/vgg16-397923af.pth'
-HEADS_URL = 'https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth'
+HEADS_URL = ('https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/'
+             'vgg.pth')
 
 
 def load_lpips(vgg_path='', heads_path=''):
-    """-> LPIPS with its released weights, read from the paths or downloaded once. UserError if they can't be had."""
+    """-> LPIPS with its released weights, read from the paths or downloaded once. UserError if they
+    can't be had."""
     folder = os.path.join(torch.hub.get_dir(), 'checkpoints')
-    advice = 'put it there by hand, name a copy with --{}, or train without the perceptual loss: --lpips 0 --l2 400'
-    vgg_path = vgg_path or fetch(VGG16_URL, os.path.join(folder, 'vgg16-397923af.pth'), 'sha256:397923af',
-                                 advice.format('lpips_vgg'))
+    advice = ('put it there by hand, name a copy with --{}, or train without the perceptual loss: '
+              '--lpips 0 --l2 400')
+    vgg_path = vgg_path or fetch(VGG16_URL, os.path.join(folder, 'vgg16-397923af.pth'),
+                                 'sha256:397923af', advice.format('lpips_vgg'))
     heads_path = heads_path or fetch(HEADS_URL, os.path.join(folder, 'lpips_v0.1_vgg.pth'),
-                                     'md5:d507d7349b931f0638a25a48a722f98a', advice.format('lpips_heads'))
+                                     'md5:d507d7349b931f0638a25a48a722f98a',
+                                     advice.format('lpips_heads'))
     try:
         return LPIPS().load(*(torch.load(path, map_location='cpu', weights_only=True)
                               for path in (vgg_path, heads_path)))
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as e:
-        raise UserError(f'{vgg_path} and {heads_path} are not the weights of VGG16 and of LPIPS ({type(e).__name__}); '
-                        'name good copies with --lpips_vgg and --lpips_heads, or do without: --lpips 0 --l2 400')
+    except DAMAGED as e:
+        raise UserError(f'{vgg_path} and {heads_path} are not the weights of VGG16 and of LPIPS '
+                        f'({type(e).__name__}); name good copies with --lpips_vgg and '
+                        '--lpips_heads, or do without: --lpips 0 --l2 400')

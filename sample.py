@@ -2,7 +2,9 @@
 
     python sample.py --cfg 2.0 --gamma 0.25                          a labelled grid, out/grid.png
     python sample.py --classes heart 3 --n 64 --out hearts.png
-    torchrun --nproc_per_node=8 -- sample.py --n 50000 --out samples.npz      (without --, torchrun takes --n)
+    torchrun --nproc_per_node=8 -- sample.py --n 50000 --out samples.npz
+
+The -- is there because torchrun would take --n for its own.
 
 Image i depends on --seed and i alone: not on --batch_size, nor on the number of processes.
 """
@@ -20,18 +22,24 @@ from model import find_place, grid, load_model, option, parse_options, sample_im
 
 @dataclass
 class Options:
+    """The options of sample.py, with their defaults."""
     ckpt: str = option('out/ckpt.pt', 'checkpoint of train.py; its EMA weights are used')
     cfg: float = option(0.0, "guidance w in the deep block, STARFlow's; 0 is off (not 1)")
-    gamma: float = option(0.0, "SimFlow's score step after that, Eq. 6; the paper's is 0.25, 0 is off")
+    gamma: float = option(0.0, "SimFlow's score step after that, Eq. 6; the paper's is 0.25, 0 is "
+                               'off')
     n: int = option(80, 'images; the label of image i is class i mod the number of classes')
     classes: list[str] = option((), 'names or indices of the classes to draw; default: all')
     seed: int = option(0, 'of the noise')
-    batch_size: int = option(80, 'images at once in each process: more is faster and takes more memory')
-    out: str = option('', 'X.png: a grid; X.npz: ADM\'s layout; X/: a PNG an image; default: grid.png beside --ckpt')
+    batch_size: int = option(80, 'images at once in each process: more is faster and takes more '
+                                 'memory')
+    out: str = option('', "X.png: a grid; X.npz: ADM's layout; X/: a PNG an image; default: "
+                          'grid.png beside --ckpt')
     device: str = option('', 'cuda, mps, cpu; default: the best there is')
-    dtype: str = option('', 'float32 or bfloat16 (autocast); default: bfloat16 on GPUs that have it')
+    dtype: str = option('', 'float32 or bfloat16 (autocast); default: bfloat16 on GPUs that have '
+                            'it')
 
     def check(self):
+        """Raise UserError for values that make no sense."""
         for name in ('n', 'batch_size'):
             if getattr(self, name) < 1:
                 raise UserError(f'--{name} must be at least 1, not {getattr(self, name)}')
@@ -43,7 +51,8 @@ class Options:
 
 
 def choose_classes(wanted, class_names):
-    """Names or indices -> indices. All classes if none are wanted; UserError for one that is not there."""
+    """Names or indices -> indices. All classes if none are wanted; UserError for one that is not
+    there."""
     chosen = []
     for name in wanted:
         if name in class_names:
@@ -52,16 +61,18 @@ def choose_classes(wanted, class_names):
             chosen.append(int(name))
         else:
             some = ', '.join(class_names[:10]) + ', ...' * (len(class_names) > 10)
-            raise UserError(f'--classes {name}: the model has ' +
-                            (f'{len(class_names)} classes, {some}' if class_names else 'no classes'))
+            known = f'{len(class_names)} classes, {some}' if class_names else 'no classes'
+            raise UserError(f'--classes {name}: the model has {known}')
     return chosen or list(range(len(class_names))) or [0]
 
 
 def labelled_grid(images, labels, class_names):
-    """(N, H, W, 3) uint8 -> PIL image: sorted by class, whose name stands above its first image and at every new row."""
+    """images (N, H, W, 3) uint8, labels (N,) -> PIL image: sorted by class, whose name stands above
+    its first image and at every new row."""
     order = np.argsort(labels, kind='stable')
     counts = np.unique(labels, return_counts=True)[1]
-    columns = counts[0] if len(set(counts)) == 1 and 1 < counts[0] <= 16 else int(np.ceil(len(images) ** 0.5))
+    balanced = len(set(counts)) == 1 and 1 < counts[0] <= 16       # then a row is a class
+    columns = counts[0] if balanced else int(np.ceil(len(images) ** 0.5))
     zoom = max(1, 64 // images.shape[1])
     tiles = []
     for place, i in enumerate(order):
@@ -75,13 +86,13 @@ def labelled_grid(images, labels, class_names):
 
 
 def save(path, images, labels, class_names, seed):
-    """As the ending of `path` says: see --out."""
+    """As the ending of `path` says: see --out. UserError if it can't be written."""
     folder = path if path.endswith('/') else os.path.dirname(path) or '.'
     try:
         os.makedirs(folder, exist_ok=True)
         if path.endswith('.png'):
             labelled_grid(images, labels, class_names).save(path)
-        elif path.endswith('.npz'):                                # shuffled, so that the order says nothing
+        elif path.endswith('.npz'):                                # shuffled: order says nothing
             order = np.random.default_rng(seed).permutation(len(images))
             arrays = [images[order]] + [labels[order]] * bool(class_names)
             np.savez(path, *arrays)

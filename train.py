@@ -1,11 +1,11 @@
 """Train SimFlow: one forward, everything learns together.
 
-    python train.py                                              10 minutes on a laptop, built-in data
-    python train.py --model S --data imagenet/train              one GPU
+    python train.py                                            10 minutes on a laptop, built-in data
+    python train.py --model S --data imagenet/train            one GPU
     torchrun --nproc_per_node=8 train.py --model XXL --data imagenet/train
 
-Writes to --out: ckpt.pt, log.csv, samples_*.png (EMA weights, a row a class) and recon_*.png (originals above
-reconstructions). Run the same command again to go on where it stopped.
+Writes to --out: ckpt.pt, log.csv, samples_*.png (EMA weights, a row a class) and recon_*.png
+(originals above reconstructions). Run the same command again to go on where it stopped.
 """
 import contextlib
 import copy
@@ -25,19 +25,21 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from data import BUILT_IN, UserError, batches, check, cli, open_data
-from model import (PRESETS, RECON, TRAIN, Config, Discriminator, SimFlow, adaptive_weight, find_place, from_uint8,
-                   generator, grid, hinge, load_checkpoint, load_lpips, parse_options, sample_images, to_uint8)
+from model import (PRESETS, RECON, TRAIN, Config, Discriminator, SimFlow, adaptive_weight,
+                   find_place, from_uint8, generator, grid, hinge, load_checkpoint, load_lpips,
+                   parse_options, sample_images, to_uint8)
 
 # Resuming with another value of these would not be the same run.
-FIXED = ('image_size latent_dim vae_width vae_mults vae_patch width heads layers gan_width gan_layers '
-         'sigma batch_size seed').split()
-PEAK = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12, 'L40S': 362e12, '4090': 165e12}    # dense bf16 FLOP/s
+FIXED = ('image_size latent_dim vae_width vae_mults vae_patch width heads layers gan_width '
+         'gan_layers sigma batch_size seed').split()
+# Dense bf16 FLOP/s, for the column mfu of the log.
+PEAK = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12, 'L40S': 362e12, '4090': 165e12}
 
 
-# ------------------------------------------------------------------------------------------------------ schedules
+# ---------------------------------------------------------------------------------------- schedules
 
 def learning_rate(config, step, steps):
-    """Warm-up, constant (stage I), cosine to lr_end (stage II)."""
+    """Warm-up (none in the paper), constant (stage I), cosine to lr_end (stage II): Table 9."""
     warm = min(1.0, (step + 1) / max(1, config.warmup))
     start = config.constant * steps
     progress = max(0.0, (step - start) / max(1.0, steps - start))
@@ -51,9 +53,11 @@ def ema_decay(config, step):
 
 
 def draw(config, classes, step, y, place):
-    """The random numbers of a step -> noise (b, T, D), y (b,) with some classes dropped, for this process's b images.
+    """The random numbers of a step -> noise (b, T, D), y (b,) with some classes dropped, for this
+    process's b images.
 
-    They are drawn for the global batch and sliced, so they depend on (seed, step) and not on how the batch is split.
+    They are drawn for the global batch and sliced, so they depend on (seed, step) and not on how
+    the batch is split.
     """
     g = generator(place.device, TRAIN, config.seed, step)
     B, b = config.batch_size, len(y)
@@ -63,26 +67,26 @@ def draw(config, classes, step, y, place):
     return noise, torch.where(drop, classes, y)
 
 
-# ---------------------------------------------------------------------------------------------------- the trainer
+# -------------------------------------------------------------------------------------- the trainer
 
 class Trainer:
-    """Networks, optimizers and running averages: one step, and all that a checkpoint needs to go on to the bit."""
+    """Networks, optimizers and running averages: one step, and all that a checkpoint needs to go on
+    to the bit."""
 
     def __init__(self, config, classes, place):
         self.config, self.classes, self.place, self.step = config, classes, place, 0
-        torch.manual_seed(config.seed)                             # the same initial weights on every process
+        torch.manual_seed(config.seed)                             # one start on every process
         self.model = SimFlow(config, classes).to(place.device, memory_format=torch.channels_last)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.opt = adamw(self.model, config.lr, config.beta2)
         for module in self.model.modules():
             module.grad_ckpt = config.grad_ckpt
-        if place.compile:                                          # in place, so names in checkpoints stay clean
-            layers = [layer for block in self.model.flow.blocks for layer in block.layers]
-            for part in [self.model.vae.encoder, self.model.vae.decoder, *layers]:
-                part.compile(fullgraph=True)                       # all layers share one graph: compiled once
+        if place.compile:
+            self.compile()
         self.names = ['loss', 'l1', 'l2', 'nll', 'mu_std', 'grad_norm', 'replaced']
         if config.lpips:
-            self.lpips = load_lpips(config.lpips_vgg, config.lpips_heads).to(place.device)
+            lpips = place.first(lambda: load_lpips(config.lpips_vgg, config.lpips_heads))
+            self.lpips = lpips.to(place.device)                    # one process downloads
             self.names.append('lpips')
         if config.gan:
             self.disc = Discriminator(config.gan_width, config.gan_layers)
@@ -92,12 +96,31 @@ class Trainer:
             self.names += ['gan', 'd_weight', 'd_loss', 'logits_real', 'logits_fake', 'd_grad_norm']
         self.ddp = place.distribute(self.model)
         zeros = torch.zeros(len(self.names), device=place.device)
-        self.totals, self.count = zeros, 0                         # sums since the last row of the log
+        self.totals, self.count = zeros, 0                         # since the log's last row
         self.failed, self.failed_step = zeros.bool(), zeros[0].long()
 
+    def compile(self):
+        """In place, so names in checkpoints stay clean; part by part, as all layers of the flow
+        then share one graph, compiled once."""
+        # DDP can send the gradients of one part while those of the next are computed. Dynamo's
+        # splitter, which cuts one big graph for that, fails on checkpointing in older torch.
+        torch._dynamo.config.optimize_ddp = False
+        layers = [layer for block in self.model.flow.blocks for layer in block.layers]
+        for part in [self.model.vae.encoder, self.model.vae.decoder, *layers]:
+            part.compile(fullgraph=True)
+
+    def sync(self, last):
+        """Context of a micro-batch, forward and backward: gradients travel with the last one."""
+        stack = contextlib.ExitStack()
+        if self.place.world > 1 and not last:
+            stack.enter_context(self.ddp.no_sync())
+            if self.config.gan:
+                stack.enter_context(self.disc_ddp.no_sync())
+        return stack
+
     def train_step(self, image, y, lr, replaced=0):
-        """One optimisation step on this process's images (b, 3, H, W) uint8, `replaced` of them stand-ins for
-        unreadable ones, and classes (b,)."""
+        """One optimisation step on this process's images (b, 3, H, W) uint8, `replaced` of them
+        stand-ins for unreadable ones, and classes (b,)."""
         c, place = self.config, self.place
         image = image.to(place.device, non_blocking=True, memory_format=torch.channels_last)
         noise, y = draw(c, self.classes, self.step, y.to(place.device, non_blocking=True), place)
@@ -106,26 +129,26 @@ class Trainer:
         values = []
         for i in range(0, len(y), micro):
             part = slice(i, i + micro)
-            with contextlib.ExitStack() as stack:                  # gradients travel with the last micro-batch
-                if place.world > 1 and i + micro < len(y):
-                    stack.enter_context(self.ddp.no_sync())
-                    if adversarial:
-                        stack.enter_context(self.disc_ddp.no_sync())
-                values.append(self.backward(from_uint8(image[part]), y[part], noise[part], adversarial))
+            batch = from_uint8(image[part]), y[part], noise[part]
+            with self.sync(last=i + micro == len(y)):
+                values.append(self.backward(*batch, adversarial))
         terms = {name: torch.stack([v[name] for v in values]).mean() for name in values[0]}
-        terms['replaced'] = torch.full_like(terms['loss'], replaced * place.world)    # so its mean is the sum
+        # Its mean over the processes is then the sum.
+        terms['replaced'] = torch.full_like(terms['loss'], replaced * place.world)
         self.update(terms, adversarial, lr)
 
     def backward(self, image, y, noise, adversarial):
-        """Gradients of one micro-batch, and its terms by name.
+        """Gradients of one micro-batch, image (b, 3, H, W) in [-1, 1], y (b,), noise (b, T, D), and
+        its terms by name.
 
-        All losses on the image meet at recon: each is differentiated to there, and one backward pass takes their sum
-        on, through decoder, latents and encoder, together with the flow's.
+        All losses on the image meet at recon: each is differentiated to there, and one backward
+        pass takes their sum on, through decoder, latents and encoder, together with the flow's.
         """
         c, terms = self.config, {}
         with self.place.autocast():
             recon, nll, mu = self.ddp(image, y, noise)
-            terms['l1'], terms['l2'] = (recon - image).abs().mean(), (recon - image).square().mean()
+            error = recon - image
+            terms['l1'], terms['l2'] = error.abs().mean(), error.square().mean()
             rec = c.l1 * terms['l1'] + c.l2 * terms['l2']
             if c.lpips:
                 terms['lpips'] = self.lpips(recon, image).mean()
@@ -138,11 +161,12 @@ class Trainer:
             weight, grad_gan = self.adversary(image, recon, grad, terms)
             grad = grad + weight * grad_gan
             terms['loss'] = terms['loss'] + weight * terms['gan']
-        torch.autograd.backward([recon, terms['nll']], [grad / c.grad_accum, torch.ones_like(nll[0]) / c.grad_accum])
+        torch.autograd.backward([recon, terms['nll'] / c.grad_accum], [grad / c.grad_accum, None])
         return {name: value.detach() for name, value in terms.items()}
 
     def adversary(self, image, recon, grad_rec, terms):
-        """The discriminator's gradients; for the generator, the weight and d gan / d recon (B, 3, H, W)."""
+        """The discriminator's gradients; for the generator, the weight and d gan / d recon, of
+        recon's shape (b, 3, H, W), as is grad_rec = d rec / d recon."""
         c = self.config
         with self.place.autocast():
             terms['gan'] = -self.disc(recon).float().mean()
@@ -152,7 +176,7 @@ class Trainer:
             last = self.model.vae.conv_out.weight
             weight *= adaptive_weight(*(torch.autograd.grad(recon, last, g, retain_graph=True)[0]
                                         for g in (grad_rec, grad_gan)))
-        with self.place.autocast():                                # one forward for both: DDP allows no second
+        with self.place.autocast():                                # one forward: DDP allows no two
             logits = self.disc_ddp(torch.cat([image, recon.detach()])).float()
         real, fake = logits.chunk(2)
         terms['d_loss'] = hinge(real, fake)
@@ -161,22 +185,23 @@ class Trainer:
         return weight, grad_gan
 
     def update(self, terms, adversarial, lr):
-        """Clip, agree over the processes that all is finite, then step; without the host waiting for the device."""
+        """Clip, agree over the processes that all is finite, then step; without the host waiting
+        for the device."""
         c = self.config
         terms['grad_norm'] = nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
         if adversarial:
             terms['d_grad_norm'] = nn.utils.clip_grad_norm_(self.disc.parameters(), c.clip)
         values = torch.stack([terms.get(name, self.totals[0] * 0) for name in self.names]).float()
-        self.place.mean(values)                                    # one bad process makes it bad for all
+        self.place.mean(values)                                    # bad for one is bad for all
         broken = ~torch.isfinite(values)
         first = broken.any() & ~self.failed.any()
         self.failed = torch.where(first, broken, self.failed)
         self.failed_step = torch.where(first, self.step, self.failed_step)
-        failed = self.failed.any().float()                         # once failed, nothing changes any more
+        failed = self.failed.any().float()                         # from then on, nothing changes
         self.opt.param_groups[0]['lr'] = lr
         opts = [self.opt, self.disc_opt] if adversarial else [self.opt]
         for opt in opts:
-            opt.found_inf = failed                                 # the fused kernels skip the step where it is 1
+            opt.found_inf = failed                                 # fused kernels skip if it is 1
             opt.step()
             opt.zero_grad(set_to_none=True)
         weight = (1 - ema_decay(c, self.step)) * (1 - failed)
@@ -186,11 +211,13 @@ class Trainer:
         self.step, self.count = self.step + 1, self.count + 1
 
     def require_finite(self):
-        """Stop every process if a term was not finite. Waits for the device."""
+        """Stop every process if a term was not finite. Waits for the device. SystemExit"""
         if self.failed.any():
             names = ' and '.join(name for name, bad in zip(self.names, self.failed.tolist()) if bad)
-            sys.exit(self.place.rank or f'error: {names} became infinite or NaN at step {self.failed_step.item()}; '
-                     'the weights were kept from it, and ckpt.pt is the last good one: go on from it with a lower --lr')
+            sys.exit(1 if self.place.rank else
+                     f'error: {names} became infinite or NaN at step {self.failed_step.item()}; '
+                     'the weights were kept from it, and ckpt.pt is the last good one: go on from '
+                     'it with a lower --lr')
 
     def averages(self):
         """Of each term since the last call; of the unreadable images replaced, the sum."""
@@ -201,16 +228,21 @@ class Trainer:
 
     def state(self):
         """Tensors and plain containers only."""
-        state = {'step': self.step, 'totals': self.totals, 'count': self.count, 'model': self.model.state_dict(),
-                 'ema': self.ema.state_dict(), 'opt': self.opt.state_dict()}
+        state = {'step': self.step, 'totals': self.totals, 'count': self.count,
+                 'model': self.model.state_dict(), 'ema': self.ema.state_dict(),
+                 'opt': self.opt.state_dict()}
         if self.config.gan:
             state |= {'disc': self.disc.state_dict(), 'disc_opt': self.disc_opt.state_dict()}
         return state
 
     def load(self, state):
-        self.step, self.count = state['step'], state['count']
-        self.totals = state['totals'].to(self.place.device)
-        for name in state.keys() - {'step', 'count', 'totals', 'config', 'class_names'}:
+        """What `state` returned, in a run that may have other learning rates or another --lpips."""
+        self.step = state['step']
+        if len(state['totals']) == len(self.names):                # else the averages start anew
+            self.totals, self.count = state['totals'].to(self.place.device), state['count']
+        for name in state.keys() & {'opt', 'disc_opt'}:            # as configured, not as saved
+            state[name]['param_groups'] = getattr(self, name).state_dict()['param_groups']
+        for name in state.keys() & {'model', 'ema', 'opt', 'disc', 'disc_opt'}:
             getattr(self, name).load_state_dict(state[name])
 
 
@@ -218,15 +250,17 @@ def adamw(module, lr, beta2):
     return torch.optim.AdamW(module.parameters(), lr, (0.9, beta2), weight_decay=0.0, fused=True)
 
 
-# --------------------------------------------------------------------------------------------------- files and logs
+# ----------------------------------------------------------------------------------- files and logs
 
 def save(trainer, data):
-    """Atomic: a kill at any moment leaves the old checkpoint or the new one, never half of either."""
+    """Atomic: a kill at any moment leaves the old checkpoint or the new one, never half of either.
+    SystemExit rather than a checkpoint that is not finite."""
     trainer.require_finite()
     if trainer.place.rank:
         return
     path = os.path.join(trainer.config.out, 'ckpt.pt')
-    state = trainer.state() | {'config': dataclasses.asdict(trainer.config), 'class_names': data.class_names}
+    state = trainer.state() | {'config': dataclasses.asdict(trainer.config),
+                               'class_names': data.class_names}
     with open(path + '.tmp', 'wb') as f:
         torch.save(state, f)
         f.flush()
@@ -235,24 +269,31 @@ def save(trainer, data):
 
 
 def resume(trainer, data):
-    """Go on from --out/ckpt.pt if there is one; UserError if it is of another run."""
+    """Go on from --out/ckpt.pt if there is one; UserError if it is of another run, or if not all
+    processes find the same."""
     path = os.path.join(trainer.config.out, 'ckpt.pt')
-    if not os.path.exists(path):
+    saved = load_checkpoint(path) if os.path.exists(path) else None
+    step = saved['step'] if saved else 0
+    if trainer.place.max(step) != -trainer.place.max(-step):       # all notice, so none hangs
+        raise UserError(f'{path} is not there on some machine, or older than on another; --out '
+                        'must be one folder that all of them see')
+    if not saved:
         return
-    saved = load_checkpoint(path)
-    refuse = f'{path} was trained with %s; use those settings to go on with it, or another --out for a new run'
+    refuse = (f'{path} was trained with %s; use those settings to go on with it, or another --out '
+              'for a new run')
     now = dataclasses.asdict(trainer.config)
-    differs = [f'--{name} {show(saved["config"][name])} (now {show(now[name])})' for name in FIXED
-               if saved['config'][name] != now[name]]
+    was = now | saved['config']                                    # which may lack a newer option
+    differs = [f'--{k} {show(was[k])} (now {show(now[k])})' for k in FIXED if was[k] != now[k]]
     if differs:
         raise UserError(refuse % ', '.join(differs))
     if saved['class_names'] != data.class_names:
-        raise UserError(refuse % f'{len(saved["class_names"])} classes (now {len(data.class_names)}, or other names)')
+        raise UserError(refuse % f'{len(saved["class_names"])} classes (now '
+                        f'{len(data.class_names)}, or other names)')
     if ('disc' in saved) != bool(trainer.config.gan):
-        raise UserError(refuse % f'--gan {saved["config"]["gan"]}')
+        raise UserError(refuse % f'--gan {was["gan"]}')
     trainer.load(saved)
-    changed = [f'--{k} {show(saved["config"][k])} -> {show(v)}' for k, v in now.items() if saved['config'][k] != v]
-    trainer.place.print(f'resuming {path} at step {trainer.step}' + ''.join(f', {c}' for c in changed))
+    changed = [f', --{k} {show(was[k])} -> {show(v)}' for k, v in now.items() if was[k] != v]
+    trainer.place.print(f'resuming {path} at step {trainer.step}' + ''.join(changed))
 
 
 def show(value):
@@ -261,7 +302,8 @@ def show(value):
 
 
 class Log:
-    """out/log.csv: a row every log_interval steps. Rows after the resumed step are dropped, so none appears twice."""
+    """out/log.csv: a row every log_interval steps. Rows after the resumed step are dropped, so none
+    appears twice."""
 
     def __init__(self, path, columns, step):
         rows = []
@@ -275,22 +317,27 @@ class Log:
         self.file.flush()
 
     def write(self, row):
-        self.writer.writerow({k: f'{v:.6g}' if isinstance(v, float) else v for k, v in row.items()})
+        self.writer.writerow({k: f'{v:.6g}' if isinstance(v, float) else v
+                              for k, v in row.items()})
         self.file.flush()
 
 
 def save_pictures(trainer, data):
-    """samples_*.png: EMA weights, noise that never changes, a row a class. recon_*.png: originals above the raw
-    model's reconstructions of them, noise and all. Every process draws its share."""
+    """samples_*.png: EMA weights, noise that never changes, a row a class. recon_*.png: originals
+    above the raw model's reconstructions of them, noise and all. Every process draws its share of
+    the samples."""
     config, place, step = trainer.config, trainer.place, trainer.step
     rows = min(10, trainer.classes) or 4
     labels = (torch.arange(rows) * trainer.classes // rows).repeat_interleave(8)
-    images = list(sample_images(trainer.ema, labels, config.seed, place, batch_size=len(labels)))
+    share = math.ceil(len(labels) / place.world)
+    images = list(sample_images(trainer.ema, labels, config.seed, place, batch_size=share))
     if place.rank:
         return
     grid(np.concatenate(images), 8).save(os.path.join(config.out, f'samples_{step:07d}.png'))
-    pixels, *_ = next(batches(data, config.image_size, 16, config.seed, flip=False, start=0, steps=1))
-    noise = torch.randn(16, *trainer.model.flow.shape, generator=generator('cpu', RECON, config.seed))
+    pixels, *_ = next(batches(data, config.image_size, 16, config.seed, flip=False, start=0,
+                              steps=1))
+    noise = torch.randn(16, *trainer.model.flow.shape,
+                        generator=generator('cpu', RECON, config.seed))
     with torch.no_grad(), place.autocast():
         x, _ = trainer.model.latents(from_uint8(pixels.to(place.device)), noise.to(place.device))
         recon = to_uint8(trainer.model.vae.decode(x))
@@ -298,25 +345,26 @@ def save_pictures(trainer, data):
     grid(pair, 16).save(os.path.join(config.out, f'recon_{step:07d}.png'))
 
 
-# ------------------------------------------------------------------------------------------------------------- plan
+# --------------------------------------------------------------------------------------------- plan
 
 def total_steps(config, images):
     return config.steps or math.ceil(config.epochs * images / config.batch_size)
 
 
 def train_flops(config, classes):
-    """Floating point operations of VAE and flow for one image, forward and backward; perceptual and adversarial
-    networks not counted. Runs on the meta device, which computes shapes only."""
+    """Floating point operations of VAE and flow for one image, forward and backward; perceptual and
+    adversarial networks not counted. Runs on the meta device, which computes shapes only."""
     with torch.device('meta'), FlopCounterMode(display=False) as counter:
-        model = SimFlow(config, classes)
-        recon, nll, _ = model(torch.empty(1, 3, config.image_size, config.image_size),
-                              torch.empty(1, dtype=torch.long), torch.empty(1, *model.flow.shape))
+        model, side = SimFlow(config, classes), config.image_size
+        recon, nll, _ = model(torch.empty(1, 3, side, side), torch.empty(1, dtype=torch.long),
+                              torch.empty(1, *model.flow.shape))
         (recon.sum() + nll.sum()).backward()
     return counter.get_total_flops()
 
 
 def print_plan(config):
-    """What would be trained, from sizes alone: builds nothing, downloads nothing."""
+    """What would be trained, from sizes alone: builds nothing, downloads nothing. UserError for
+    data that are not there, or a batch that does not divide."""
     known = {'shapes': (100_000, 10), 'cifar10': (50_000, 10), 'fashion_mnist': (60_000, 10)}
     if config.data in known or config.data == Config.data and not os.path.exists(config.data):
         images, classes = known.get(config.data, (1_281_167, 1000))
@@ -326,14 +374,16 @@ def print_plan(config):
     with torch.device('meta'):
         model = SimFlow(config, classes)
         parts = {'flow': model.flow, 'VAE': model.vae, 'encoder': model.vae.encoder}
-        parts |= {'discriminator': Discriminator(config.gan_width, config.gan_layers)} if config.gan else {}
+        if config.gan:
+            parts['discriminator'] = Discriminator(config.gan_width, config.gan_layers)
     world, steps = int(os.environ.get('WORLD_SIZE', 1)), total_steps(config, images)
     check_batch(config, world)
-    rows = {f'{name} parameters': f'{sum(p.numel() for p in part.parameters()):,}' for name, part in parts.items()}
+    rows = {f'{name} parameters': f'{sum(p.numel() for p in part.parameters()):,}'
+            for name, part in parts.items()}
     rows |= {'tokens': f'{config.tokens} of {config.latent_dim} channels',
              'data': f'{images:,} images, {classes} classes',
-             'batch': f'{config.batch_size} = {world} processes x {config.grad_accum} micro-batches x '
-                      f'{config.batch_size // world // config.grad_accum} images',
+             'batch': f'{config.batch_size} = {world} processes x {config.grad_accum} '
+                      f'micro-batches x {config.batch_size // world // config.grad_accum} images',
              'steps': f'{steps:,} = {steps * config.batch_size / images:.1f} epochs',
              'FLOPs an image': f'{train_flops(config, classes):.3g} (forward and backward)'}
     print('\n'.join(f'{name:26}{value}' for name, value in rows.items()))
@@ -341,14 +391,15 @@ def print_plan(config):
 
 def check_batch(config, world):
     if config.batch_size % (world * config.grad_accum):
-        raise UserError(f'--batch_size {config.batch_size} must be a multiple of {world} processes times --grad_accum '
-                        f'{config.grad_accum}')
+        raise UserError(f'--batch_size {config.batch_size} must be a multiple of {world} processes '
+                        f'times --grad_accum {config.grad_accum}')
 
 
-# --------------------------------------------------------------------------------------------------------- the loop
+# ----------------------------------------------------------------------------------------- the loop
 
 class Interrupt:
-    """SIGINT (Ctrl-C) and SIGTERM end the run after the step they come in; a second Ctrl-C ends it at once."""
+    """SIGINT (Ctrl-C) and SIGTERM end the run after the step they come in; a second Ctrl-C ends it
+    at once, by KeyboardInterrupt."""
 
     def __init__(self):
         self.signal = 0
@@ -362,12 +413,15 @@ class Interrupt:
 
 
 class Meter:
-    """Where the time goes: images a second, the share of time spent waiting for data, model FLOP utilisation."""
+    """Where the time goes: images a second, the share of time spent waiting for data, model FLOP
+    utilisation."""
 
     def __init__(self, config, classes, place):
         name = torch.cuda.get_device_name() if place.device.type == 'cuda' else ''
-        peaks = [flops for gpu, flops in PEAK.items() if gpu in name and place.dtype == torch.bfloat16]
-        self.peak_images = peaks[0] * place.world / train_flops(config, classes) if peaks else math.nan
+        peaks = [flops for gpu, flops in PEAK.items()
+                 if gpu in name and place.dtype == torch.bfloat16]
+        self.peak_images = (peaks[0] * place.world / train_flops(config, classes) if peaks
+                            else math.nan)
         self.batch_size = config.batch_size
         self.reset()
 
@@ -385,9 +439,10 @@ class Meter:
         """Since the last call. mfu is empty where the peak of the device is not known."""
         seconds = time.perf_counter() - self.start
         rate = self.steps * self.batch_size / seconds
-        row = {'images_per_s': rate, 'data_wait': self.waited / seconds, 'mfu': rate / self.peak_images}
+        mfu = '' if math.isnan(self.peak_images) else rate / self.peak_images
+        row = {'images_per_s': rate, 'data_wait': self.waited / seconds, 'mfu': mfu}
         self.reset()
-        return row | ({'mfu': ''} if math.isnan(self.peak_images) else {})
+        return row
 
 
 TIMING = ['images_per_s', 'data_wait', 'mfu']
@@ -399,38 +454,42 @@ def write_row(trainer, log, meter, lr, steps):
     row = {'step': trainer.step} | trainer.averages() | {'lr': lr} | meter.row()
     if log:
         log.write(row)
-    shown = {name: row[name] for name in [*trainer.names, 'images_per_s', 'data_wait'] if row[name]}
-    trainer.place.print(f'step {trainer.step}/{steps}  ' + '  '.join(f'{k} {v:.4g}' for k, v in shown.items()))
+    shown = [f'{name} {row[name]:.4g}' for name in [*trainer.names, 'images_per_s', 'data_wait']
+             if row[name]]
+    trainer.place.print('  '.join([f'step {trainer.step}/{steps}', *shown]))
 
 
 def train(config, data, place):
-    """Train to the end, to --stop_at or to a signal -> the signal's number, or 0."""
+    """Train to the end, to --stop_at or to a signal -> the signal's number, or 0. UserError if
+    --out holds another run, SystemExit if a term is not finite."""
     steps = total_steps(config, len(data))
     last = min(steps, config.stop_at or steps)
     trainer = Trainer(config, len(data.class_names), place)
     resume(trainer, data)
-    log = Log(os.path.join(config.out, 'log.csv'), ['step', *trainer.names, 'lr', *TIMING],
-              trainer.step) if place.rank == 0 else None
+    columns = ['step', *trainer.names, 'lr', *TIMING]
+    log = place.rank == 0 and Log(os.path.join(config.out, 'log.csv'), columns, trainer.step)
     meter, interrupt = Meter(config, trainer.classes, place), Interrupt()
     flip = data.mirror if config.flip is None else config.flip
-    feed = batches(data, config.image_size, config.batch_size, config.seed, flip, trainer.step, last,
-                   place.rank, place.world, config.workers, place.device.type == 'cuda')
+    feed = batches(data, config.image_size, config.batch_size, config.seed, flip, trainer.step,
+                   last, place.rank, place.world, config.workers, place.device.type == 'cuda')
     stopped = 0
-    with tqdm(total=steps, initial=trainer.step, disable=place.rank > 0 or not sys.stderr.isatty()) as bar:
+    quiet = place.rank > 0 or not sys.stderr.isatty()
+    with tqdm(total=steps, initial=trainer.step, disable=quiet) as bar:
         while trainer.step < last and not stopped:
             lr = learning_rate(config, trainer.step, steps)
             image, y, replaced = meter.next(feed)
             trainer.train_step(image, y, lr, replaced)
             bar.update()
-            stopped = place.max(interrupt.signal)                  # travels over gloo: no GPU is waited for
-            due = [every and trainer.step % every == 0 for every in
-                   (config.log_interval, config.sample_interval, config.save_interval)]
+            stopped = place.max(interrupt.signal)
+            ends = trainer.step == last
+            due = [every and (trainer.step % every == 0) for every in
+                   (config.log_interval, config.save_interval, config.sample_interval)]
             if due[0]:
                 write_row(trainer, log, meter, lr, steps)
-            if due[1] or config.sample_interval and trainer.step == last:
+            if due[1] or stopped or ends:                          # before the pictures: a second
+                save(trainer, data)                                # signal may be a kill
+            if due[2] or config.sample_interval and ends:
                 save_pictures(trainer, data)
-            if due[2] or stopped or trainer.step == last:
-                save(trainer, data)
     return stopped
 
 
@@ -443,10 +502,12 @@ def main(argv):
     check_batch(config, place.world)
     broken = place.first(lambda: check(open_data(config.data)))    # downloads what is missing, once
     data = open_data(config.data)
-    place.print(f'{len(data):,} images, {len(data.class_names)} classes; {place.world} x {place.device.type}, '
-                f'{str(place.dtype).split(".")[1]}{", compiled" if place.compile else ""}')
+    place.print(f'{len(data):,} images, {len(data.class_names)} classes; '
+                f'{place.world} x {place.device.type}, {str(place.dtype).split(".")[1]}'
+                f'{", compiled" if place.compile else ""}')
     if broken:
-        place.print(f'{len(broken)} unreadable images will be replaced by others: {", ".join(broken[:10])}')
+        place.print(f'{len(broken)} unreadable images will be replaced by others: '
+                    f'{", ".join(broken[:10])}')
     try:
         os.makedirs(config.out, exist_ok=True)
     except OSError as e:
@@ -454,7 +515,8 @@ def main(argv):
     stopped = train(config, data, place)
     ckpt = os.path.join(config.out, 'ckpt.pt')
     if stopped:
-        place.print(f'stopped by {signal.Signals(stopped).name}; saved {ckpt}, the same command goes on from there')
+        place.print(f'stopped by {signal.Signals(stopped).name}; saved {ckpt}, the same command '
+                    'goes on from there')
         sys.exit(130 if stopped == signal.SIGINT else 0)
     place.print(f'saved {ckpt}; make images with: python sample.py --ckpt {ckpt}')
 

@@ -1,8 +1,10 @@
-"""The VAE: LDM's convolutional autoencoder as MAR uses it, and SimFlow's one trick - a constant variance.
+"""The VAE: LDM's convolutional autoencoder (Rombach et al. 2022, arXiv:2112.10752) as MAR uses it
+(Li et al. 2024, arXiv:2406.11838), and SimFlow's one trick - a constant variance.
 
 A codec answers with a mean and a noise level, and decodes:
 
-    encode(image)   (B, 3, H, W) in [-1, 1] -> mu (B, T, D), sigma (a number, or (B, T, D) when it is learned)
+    encode(image)   (B, 3, H, W) in [-1, 1] -> mu (B, T, D), sigma (a number, or (B, T, D) when it
+                    is learned)
     decode(x)       (B, T, D) -> (B, 3, H, W)
 
 Training and sampling never ask which codec it is: x = mu + sigma * noise.
@@ -16,13 +18,14 @@ from torch.utils.checkpoint import checkpoint
 
 
 def norm(channels):
-    """GroupNorm of 32 groups; of fewer where a group would hold under 4 channels, as a group of one would erase
-    the mean colour of its channel."""
+    """GroupNorm of 32 groups; of fewer where a group would hold under 4 channels, as a group of one
+    would erase the mean colour of its channel."""
     return nn.GroupNorm(math.gcd(32, channels // 4), channels, eps=1e-6)
 
 
 class ResBlock(nn.Module):
-    """Starts as its skip connection, which LDM's does not: the nano preset then learns to reconstruct faster."""
+    """(B, cin, h, w) -> (B, cout, h, w). Starts as its skip connection, which LDM's does not: the
+    nano preset then learns to reconstruct faster."""
 
     def __init__(self, cin, cout):
         super().__init__()
@@ -48,8 +51,9 @@ class SelfAttention(nn.Module):
         nn.init.zeros_(self.proj.weight)
 
     def forward(self, h):
-        q, k, v = self.qkv(self.norm(h)).flatten(2).transpose(1, 2).chunk(3, dim=-1)       # 3 x (B, hw, c)
-        r = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]       # a head axis of 1
+        qkv = self.qkv(self.norm(h)).flatten(2).transpose(1, 2)    # (B, hw, 3c)
+        q, k, v = qkv[:, None].chunk(3, dim=-1)                    # 3 x (B, 1 head, hw, c)
+        r = F.scaled_dot_product_attention(q, k, v)[:, 0]          # (B, hw, c)
         return h + self.proj(r.transpose(1, 2).reshape(h.shape))
 
 
@@ -77,7 +81,7 @@ class Stack(nn.Sequential):
 
     def forward(self, h):
         for module in self:
-            h = checkpoint(module, h, use_reentrant=False) if self.grad_ckpt and torch.is_grad_enabled() else module(h)
+            h = checkpoint(module, h, use_reentrant=False) if self.grad_ckpt else module(h)
         return h
 
 
@@ -86,7 +90,8 @@ def middle(c):
 
 
 def encoder(width, mults, patch, out_dim):
-    """(B, 3, H, W) -> (B, out_dim, H/f, W/f): two ResBlocks a level; the lowest level attends after each of them."""
+    """(B, 3, H, W) -> (B, out_dim, H/f, W/f): two ResBlocks a level; the lowest level attends after
+    each of them."""
     c = width
     layers = [nn.PixelUnshuffle(patch), nn.Conv2d(3 * patch ** 2, c, 3, padding=1)]
     for i, mult in enumerate(mults):
@@ -99,7 +104,8 @@ def encoder(width, mults, patch, out_dim):
 
 
 def decoder(width, mults, in_dim):
-    """(B, in_dim, H/f, W/f) -> (B, width * mults[0], H/patch, W/patch): three ResBlocks a level, attention in the middle only."""
+    """(B, in_dim, H/f, W/f) -> (B, width * mults[0], H/patch, W/patch): three ResBlocks a level,
+    attention in the middle only."""
     c = width * mults[-1]
     layers = [nn.Conv2d(in_dim, c, 3, padding=1), *middle(c)]
     for i, mult in reversed(list(enumerate(mults))):
@@ -111,12 +117,14 @@ def decoder(width, mults, in_dim):
 
 
 class VAE(nn.Module):
-    """SimFlow's codec. The encoder predicts no variance: sigma is a constant, so q(x | image) has constant entropy,
-    a floor under the noise that no amount of training can remove (SimFlow section 3.2).
+    """SimFlow's codec. The encoder predicts no variance: sigma is a constant, so q(x | image) has
+    constant entropy, a floor under the noise that no amount of training can remove (SimFlow
+    sections 4.1 and A.3).
 
-    width, mults: channels of the first level and multipliers of all.  patch: pixels a side that the first level takes
-    as one (1 in the paper; more is what makes it fast on a CPU).  The down-sampling factor is f = patch * 2^(levels - 1).
-    latent_dim: D.  T = (image_size / f)^2 tokens, row by row.
+    width, mults: channels of the first level and multipliers of all.  patch: pixels a side that the
+    first level takes as one (1 in the paper; more is what makes it fast on a CPU).  The
+    down-sampling factor is f = patch * 2^(levels - 1).  latent_dim: D.  T = (image_size / f)^2
+    tokens, row by row; images are square.
     """
 
     def __init__(self, width, mults, patch, latent_dim, sigma):
@@ -124,16 +132,17 @@ class VAE(nn.Module):
         self.sigma = sigma
         self.encoder = encoder(width, mults, patch, latent_dim)
         self.decoder = decoder(width, mults, latent_dim)
-        self.conv_out = nn.Conv2d(width * mults[0], 3 * patch ** 2, 3, padding=1)  # the adaptive GAN weight looks here
+        # The last layer, where the adaptive weight of the adversarial loss compares gradients.
+        self.conv_out = nn.Conv2d(width * mults[0], 3 * patch ** 2, 3, padding=1)
         self.unpatch = nn.PixelShuffle(patch)
 
     def encode(self, image):
-        """(B, 3, H, W) -> mu (B, T, D), each token of mean 0 and variance 1; sigma"""
-        mu = self.encoder(image).flatten(2).transpose(1, 2).float()        # (B, T, D)
+        """(B, 3, H, W) in [-1, 1] -> mu (B, T, D), each token of mean 0 and variance 1; sigma"""
+        mu = self.encoder(image).flatten(2).transpose(1, 2).float()      # (B, T, D)
         return F.layer_norm(mu, mu.shape[-1:]), self.sigma
 
     def decode(self, x):
-        """(B, T, D) -> (B, 3, H, W), about [-1, 1]"""
+        """(B, T, D) -> (B, 3, H, W), about [-1, 1]. RuntimeError if T is not a square."""
         side = int(x.shape[1] ** 0.5)
         h = self.decoder(x.transpose(1, 2).unflatten(2, (side, side)))
         return self.unpatch(self.conv_out(h)).float()

@@ -18,7 +18,7 @@ from model import Config, PRESETS, load_model
 import train
 
 TINY = ('--image_size 16 --vae_width 8 --latent_dim 4 --width 16 --layers 1,1,2 --gan_width 8 --batch_size 8 '
-        '--workers 0 --device cpu --gan 0.1 --gan_start 0').split()
+        '--workers 0 --device cpu --gan 0.1').split()
 
 
 def python(*args):
@@ -52,7 +52,7 @@ def same(a, b):
 
 # ------------------------------------------------------------------------------------------------------------ resume
 
-@pytest.mark.parametrize('extra', [[], ['--gan_adaptive', '1', '--grad_accum', '2']])
+@pytest.mark.parametrize('extra', [['--gan_adaptive', '0'], ['--gan_start', '3', '--grad_accum', '2']])
 def test_resume_to_the_bit(tmp_path, extra):
     """20 + 20 steps are 40, whatever is cut: the log's averages too, of which one spans the cut."""
     options = TINY + ['--steps', '40', '--log_interval', '8', '--sample_interval', '0'] + extra
@@ -88,6 +88,25 @@ def test_resume_refuses_another_run(tmp_path):
     before = (tmp_path / 'ckpt.pt').read_bytes()
     train.main(options)                                            # finished: nothing to do, nothing lost
     assert (tmp_path / 'ckpt.pt').read_bytes() == before
+
+
+class SquaredError(torch.nn.Module):
+    """Stands in for LPIPS, whose weights are a download."""
+
+    def forward(self, a, b):
+        return (a - b).square().mean((1, 2, 3))
+
+
+def test_resume_takes_what_may_change_from_the_command_line(tmp_path, monkeypatch):
+    """Learning rates are not the checkpoint's; a term may come and go, even between two rows of the log."""
+    monkeypatch.setattr(train, 'load_lpips', lambda vgg, heads: SquaredError())
+    options = TINY + ['--log_interval', '2', '--sample_interval', '0', '--out', str(tmp_path), '--steps']
+    train.main([*options, '3', '--lpips', '1'])
+    train.main([*options, '4', '--lpips', '0', '--gan_lr', '0.25', '--beta2', '0.5'])
+    state = torch.load(tmp_path / 'ckpt.pt', weights_only=True)
+    assert state['step'] == 4 and [row['step'] for row in read_log(tmp_path)] == ['2', '4']
+    assert state['disc_opt']['param_groups'][0]['lr'] == 0.25
+    assert state['opt']['param_groups'][0]['betas'] == (0.9, 0.5)
 
 
 def test_kill_9_never_costs_the_checkpoint(tmp_path):
