@@ -29,8 +29,8 @@ def torchrun(processes, *args):
     return python('-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}', '--', *args)
 
 
-def run(command, **kwargs):
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, **kwargs)
+def run(command):
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
 
 
 def read_log(out):
