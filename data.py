@@ -87,21 +87,16 @@ def fetch(url, path, digest, hint='try again, or download it by hand to that pla
     file, and the last rename wins.
     """
     kind, expected = digest.split(':')
-    temporary, seen = f'{path}.{uuid.uuid4().hex}.tmp', hashlib.new(kind)
+    temporary = f'{path}.{uuid.uuid4().hex}.tmp'
     try:
         if os.path.isfile(path):
             there = hashlib.new(kind, pathlib.Path(path).read_bytes())
             if there.hexdigest().startswith(expected):
                 return path
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        with urllib.request.urlopen(url, timeout=60) as response, open(temporary, 'wb') as f:
-            total = int(response.headers.get('Content-Length', 0)) or None
-            with tqdm(desc=path, total=total, unit='B', unit_scale=True, disable=None) as bar:
-                while chunk := response.read(1 << 18):
-                    seen.update(chunk)
-                    bar.update(f.write(chunk))
-        if not seen.hexdigest().startswith(expected):
-            raise ValueError(f'its {kind} is {seen.hexdigest()[:16]}, not {expected[:16]}')
+        came = receive(url, temporary, hashlib.new(kind), os.path.basename(path))
+        if not came.startswith(expected):
+            raise ValueError(f'its {kind} is {came[:16]}, not {expected[:16]}')
         os.replace(temporary, path)
         return path
     except (OSError, ValueError, http.client.HTTPException) as e:
@@ -109,6 +104,17 @@ def fetch(url, path, digest, hint='try again, or download it by hand to that pla
     finally:
         with contextlib.suppress(OSError):
             os.remove(temporary)
+
+
+def receive(url, path, digest, text):
+    """Write what `url` sends to `path`, with a progress bar -> its digest in hexadecimal"""
+    with urllib.request.urlopen(url, timeout=60) as response, open(path, 'wb') as f:
+        total = int(response.headers.get('Content-Length', 0)) or None
+        with tqdm(desc=text, total=total, unit='B', unit_scale=True, disable=None) as bar:
+            while chunk := response.read(1 << 18):
+                digest.update(chunk)
+                bar.update(f.write(chunk))
+    return digest.hexdigest()
 
 
 # -------------------------------------------------------------------------------------------------- one image
