@@ -703,7 +703,8 @@ class Evaluation:
         steps = [(x, y) for i, y in enumerate(count) for x in edges[i:i + 2]]
         steps = {'': [(edges[0], 0), *steps, (edges[-1], 0)]}
         plot(self.path('latents_std.png'), steps, 'std of mu', 'channels')
-        pixels = np.stack([crop(data.load(i), self.config.image_size) for i in spread(len(data), 8)])
+        some = np.random.default_rng(self.o.seed).permutation(len(data))[:8]     # of any class
+        pixels = np.stack([crop(data.load(i), self.config.image_size) for i in some])
         with self.place.autocast():
             ends, _ = self.model.vae.encode((2 * unit(pixels) - 1).to(self.place.device))          # (8, T, D)
         way = torch.linspace(0, 1, 9, device=ends.device).view(9, 1, 1)
