@@ -60,8 +60,8 @@ class Options:
     ckpt: str = option('', 'checkpoint of train.py to sample from, to reconstruct with, or to look into')
     reconstruct: str = option('', 'images to encode and decode')
     latents: bool = option(False, 'measure the latent space, of --reconstruct or else of the training data')
-    n: int = option(50_000, 'images to sample; of given images, how many to use at most, evenly spread')
-    ref_n: int = option(0, 'reference images to use at most, evenly spread; 0: all')
+    n: int = option(50_000, 'images to sample; of given images, how many to use at most')
+    ref_n: int = option(0, 'reference images to use at most; 0: all')
     cfg: list[float] = option((0.0,), 'guidance weights to sample with, one or more; 0 is off')
     gamma: list[float] = option((0.0,), 'sizes of the score step, one or more; 0 is off')
     seed: int = option(0, 'of everything random')
@@ -410,10 +410,10 @@ def open_images(path):
     return Arrays(class_names=[], labels=np.zeros(len(images)), images=images)
 
 
-def spread(n, limit):
-    """Positions of at most `limit` of n images, evenly spread, as data sets come sorted by class; 0: all"""
-    count = min(n, limit or n)
-    return np.arange(count) * n // count
+def subset(n, limit):
+    """Positions of at most `limit` of n images, a fixed random choice in order; 0: all. (Data sets come sorted
+    by class, or with classes in turn: the first ones, or every so manieth, would not be fair.)"""
+    return np.sort(np.random.RandomState(2020).permutation(n)[:limit or n])
 
 
 def load_images(data, index, size, batch_size, place):
@@ -458,7 +458,7 @@ def content(path, data):
         with zipfile.ZipFile(path) as z:
             facts = sorted((info.filename, info.file_size, info.CRC) for info in z.infolist())
     else:
-        facts = [(path, len(data), data.load(i).tobytes()) for i in spread(len(data), 256)]
+        facts = [(path, len(data), data.load(i).tobytes()) for i in subset(len(data), 256)]
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
@@ -523,7 +523,7 @@ class Evaluation:
     def open(self, path, limit):
         """-> Data, positions of those of its images to use"""
         data = open_images(path)
-        index, least = spread(len(data), limit), max(SPLITS, self.place.world)
+        index, least = subset(len(data), limit), max(SPLITS, self.place.world)
         if len(index) < least:
             raise UserError(f'{path} has {len(data)} images; the numbers need {least} or more')
         return data, index
@@ -564,7 +564,7 @@ class Evaluation:
             made = {} if self.place.rank else load_statistics(cached, facts)
         else:
             batches = load_images(data, index, size, self.o.batch_size, self.place)
-            made = self.measure(batches, len(index), spread(len(index), REFERENCES if size else 0), path)
+            made = self.measure(batches, len(index), subset(len(index), REFERENCES if size else 0), path)
             if size and self.place.rank == 0:
                 save_statistics(cached, made, facts)
         return made | facts | given
