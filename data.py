@@ -466,16 +466,18 @@ class Steps(Dataset):
         raise Unreadable
 
 
-def ignore_interrupt(worker):
-    """Ctrl-C and a scheduler's SIGTERM reach all processes of a job; the main one alone is to answer."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def leave_group(worker):
+    """Ctrl-C and a scheduler's SIGTERM reach all processes of a group; the main one alone is to answer. It ends
+    its workers by SIGTERM itself, so they must not ignore that."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, 'setsid'):
+        os.setsid()
 
 
 def load(dataset, order, workers, pin=False):
     """Iterate over dataset[i] for i in `order`, made by so many processes a little ahead (0: by this one)."""
     return DataLoader(dataset, batch_size=None, sampler=order, num_workers=workers, pin_memory=pin,
-                      worker_init_fn=ignore_interrupt)
+                      worker_init_fn=leave_group)
 
 
 def batches(data, image_size, batch_size, seed, flip, start, steps, rank=0, world=1, workers=0, pin=False):

@@ -380,6 +380,20 @@ def test_nothing_but_unreadable_images(tmp_path):
     assert '\n' not in str(e.value)
 
 
+def test_a_refusal_that_is_still_at_hand_does_not_keep_the_program_from_ending(tmp_path):
+    """The exception holds the loader, and the loader its worker, until the very end."""
+    bad = write_folder(tmp_path / 'bad', {'1.png': png('red')[:50]})
+    done = subprocess.run([sys.executable, '-c', f"""
+import data
+try:
+    list(data.batches(data.open_data({str(bad)!r}), 8, 4, 0, False, 0, 100, workers=1))
+except data.UserError as e:
+    kept = e
+    print('refused')
+"""], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout == 'refused\n'
+
+
 # -------------------------------------------------------------------------------------------------- downloads
 
 @pytest.fixture
