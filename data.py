@@ -467,8 +467,8 @@ class Steps(Dataset):
 
 
 def leave_group(worker):
-    """Ctrl-C and a scheduler's SIGTERM reach all processes of a group; the main one alone is to answer. It ends
-    its workers by SIGTERM itself, so they must not ignore that."""
+    """Ctrl-C and a scheduler's SIGTERM reach all processes of a group; the main one alone is to answer. It
+    ends its workers by SIGTERM itself, so they must not ignore that."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, 'setsid'):
         os.setsid()

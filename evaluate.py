@@ -411,8 +411,8 @@ def open_images(path):
 
 
 def subset(n, limit):
-    """Positions of at most `limit` of n images, a fixed random choice in order; 0: all. (Data sets come sorted
-    by class, or with classes in turn: the first ones, or every so manieth, would not be fair.)"""
+    """Positions of at most `limit` of n images, a fixed random choice in order; 0: all. (Data sets come
+    sorted by class, or with classes in turn: the first ones, or evenly spaced ones, would not be fair.)"""
     return np.sort(np.random.RandomState(2020).permutation(n)[:limit or n])
 
 
