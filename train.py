@@ -11,7 +11,6 @@ import contextlib
 import copy
 import csv
 import dataclasses
-import itertools
 import math
 import os
 import signal
@@ -24,7 +23,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import BUILT_IN, UserError, batches, check, cli, open_data
+from data import UserError, batches, check, cli, open_data
 from model import (PRESETS, RECON, TRAIN, Config, Discriminator, SimFlow, adaptive_weight,
                    find_place, from_uint8, generator, grid, hinge, load_checkpoint, load_lpips,
                    parse_options, sample_images, to_uint8)
@@ -365,7 +364,7 @@ def train_flops(config, classes):
 def print_plan(config):
     """What would be trained, from sizes alone: builds nothing, downloads nothing. UserError for
     data that are not there, or a batch that does not divide."""
-    known = {'shapes': (100_000, 10), 'cifar10': (50_000, 10), 'fashion_mnist': (60_000, 10)}
+    known = {'cifar10': (50_000, 10), 'fashion_mnist': (60_000, 10)}     # opening would download
     if config.data in known or config.data == Config.data and not os.path.exists(config.data):
         images, classes = known.get(config.data, (1_281_167, 1000))
     else:

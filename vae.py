@@ -11,7 +11,6 @@ Training and sampling never ask which codec it is: x = mu + sigma * noise.
 """
 import math
 
-import torch
 from torch import nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint

@@ -1,11 +1,9 @@
 """Configuration, the joint model, its losses, and what checkpoints and options say when they are wrong."""
-import copy
 import os
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from conftest import ROOT
 from data import UserError

@@ -2,7 +2,6 @@
 import numpy as np
 from PIL import Image
 import pytest
-import torch
 
 import sample
 from test_train import TINY, python, run, torchrun

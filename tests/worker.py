@@ -1,10 +1,9 @@
 """What test_train.py runs in one or more processes:  [torchrun ...] worker.py grads|nan OUT [options of train.py]"""
-import os
 import sys
 
 import torch
 
-import conftest                                                    # puts the project on the path
+import conftest  # noqa: F401, puts the project on the path
 from data import batches, open_data
 from model import PRESETS, Config, find_place, parse_options
 import train
