@@ -48,7 +48,7 @@ CONVENTIONS = {
     'PSNR': 'dB, of uint8 images, at most 100, mean over images',
     'SSIM': "RGB, gaussian 11 x 11, sigma 1.5, population covariance, torchmetrics' reflect padding",
     'LPIPS': 'v0.1, VGG16',
-    'rate': 'KL(q(x | image) || p(x)), bits a latent dimension: (nll - 0.5 - log sigma) / log 2',
+    'rate': 'KL(q(x | image) || p(x)), bits a latent dimension; of dequantised pixels: bits a dimension',
     'ELBO': 'negative, bits a pixel value, lower is better: rate + distortion at --decoder_std'}
 
 
@@ -604,7 +604,7 @@ class Evaluation:
 
     def encode(self, data, index):
         """Yield this process's share of data[index]: positions (b,), (pixels (b, H, W, 3) uint8, image
-        (b, 3, H, W) in [-1, 1], y (b,), mu (b, T, D), sigma, noise (b, T, D)).
+        (b, 3, H, W) in [-1, 1], y (b,), x (b, T, D), mu (b, T, D), sigma, noise (b, T, D)).
 
         y: the data's classes where the model knows them by the same names, else "no class".
         """
@@ -617,8 +617,8 @@ class Evaluation:
             seeds = [generator('cpu', RECON, self.o.seed, i) for i in index[k].tolist()]
             noise = torch.stack([torch.randn(shape, generator=g) for g in seeds]).to(image.device)
             with self.place.autocast():
-                mu, sigma = self.model.vae.encode(image)
-            yield k, (pixels, image, y, mu, sigma, noise)
+                x, mu, sigma = self.model.latents(image, noise)
+            yield k, (pixels, image, y, x, mu, sigma, noise)
 
     def decode(self, x):
         """(b, T, D) -> (b, 3, H, W)"""
@@ -646,11 +646,11 @@ class Evaluation:
         statistics = {x: Statistics(self.net, len(index), [], self.place) for x in ('mu + sigma eps', 'mu')}
 
         def batches():
-            for k, (pixels, image, y, mu, sigma, noise) in self.encode(data, index):
-                values, x = {}, mu + sigma * noise
+            for k, (pixels, image, y, x, mu, sigma, noise) in self.encode(data, index):
+                values, clean = {}, self.model.noise.add(mu, sigma, torch.zeros_like(noise))
                 with self.place.autocast():
-                    nll = self.model.flow.nll(x, y)
-                for name, latents in zip(statistics, (x, mu)):
+                    rate = self.model.rate(self.model.flow.nll(x, y), sigma) / math.log(2)
+                for name, latents in zip(statistics, (x, clean)):
                     recon = self.decode(latents)
                     a, b = unit(to_uint8(recon)), unit(pixels)
                     values |= {(name, 'PSNR'): psnr(a, b), (name, 'SSIM'): ssim(a, b)}
@@ -658,7 +658,8 @@ class Evaluation:
                         a, b = [(2 * t - 1).to(image.device) for t in (a, b)]
                         values[name, 'LPIPS'] = lpips(a, b).flatten()
                     if latents is x:
-                        rate, elbo = likelihood(nll, sigma, x, image, recon, self.o.decoder_std)
+                        bits = distortion(image, recon, self.o.decoder_std)
+                        elbo = rate * x[0].numel() / image[0].numel() + bits
                         values |= {(name, 'rate'): rate, (name, 'ELBO'): elbo}
                     statistics[name].add(k, to_uint8(recon))
                 yield values
@@ -681,7 +682,7 @@ class Evaluation:
         data, index = self.open(self.o.reconstruct or self.config.data, self.o.n)
 
         def batches():
-            for _, (pixels, _, _, mu, _, noise) in self.encode(data, index):
+            for _, (pixels, _, _, _, mu, _, noise) in self.encode(data, index):
                 unit_noise = mu.std((1, 2), keepdim=True) * noise
                 recons = [to_uint8(self.decode(mu + level * unit_noise)) for level in LEVELS]
                 values = torch.stack([psnr(unit(recon), unit(pixels)) for recon in recons], dim=1)
@@ -720,21 +721,16 @@ class Evaluation:
         return os.path.join(folder, name)
 
 
-def likelihood(nll, sigma, x, image, recon, decoder_std):
-    """Two prices of an image, from one draw of x ~ q(x | image) -> rate (b,), ELBO (b,)
+def distortion(image, recon, std):
+    """Two (b, 3, H, W) -> (b,) bits a pixel value: -log2 p(image | x), where p is Gaussian about recon.
 
-    nll (b,) nats a dimension, without its constant; sigma a number, or like x (b, T, D); images (b, 3, H, W).
-
-    rate   KL(q(x | image) || p(x)) / (T D log 2): bits a latent dimension. Small where the encoder collapses.
-    ELBO   (rate T D - log2 p(image | x)) / (3 H W): bits a pixel value. Large where the encoder collapses.
-           p is Gaussian about recon with std s. For each value, as levels are 1 / 127.5 apart,
-           -log2 p = ((image - recon)^2 / (2 s^2) + log(s sqrt(2 pi))) / log 2 + log2(127.5).
+    For each value, as levels are 1 / 127.5 apart,
+    -log2 p = ((image - recon)^2 / (2 std^2) + log(std sqrt(2 pi))) / log 2 + log2(127.5).
+    With the rate, KL(q(x | image) || p(x)), it makes the negative ELBO. The rate is small where the encoder
+    collapses, the ELBO large.
     """
-    log_sigma = torch.as_tensor(sigma, device=x.device).log().expand_as(x).mean((1, 2))
-    rate = (nll - 0.5 - log_sigma) / math.log(2)
-    error = (image - recon).square().mean((1, 2, 3)) / (2 * decoder_std ** 2)
-    distortion = (error + math.log(decoder_std * math.sqrt(2 * math.pi))) / math.log(2) + math.log2(127.5)
-    return rate, rate * x[0].numel() / image[0].numel() + distortion
+    error = (image - recon).square().mean((1, 2, 3)) / (2 * std ** 2)
+    return (error + math.log(std * math.sqrt(2 * math.pi))) / math.log(2) + math.log2(127.5)
 
 
 def grid_statistics(mu):

@@ -14,6 +14,7 @@ import os
 import pickle
 import sys
 import typing
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -25,8 +26,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import Parser, UserError, fetch
-from flow import Flow
-from vae import VAE
+from flow import GUIDANCE, Flow, SiT, VPFlow
+from vae import LearnedVAE, Pixels, VAE
 
 
 # ------------------------------------------------------------------------------------ configuration
@@ -47,21 +48,38 @@ class Config:
     flip: bool | None = option(None, 'random mirror images; default: where the data allows')
     workers: int = option(8, 'data loading processes per GPU')
 
+    codec: str = option('vae', 'image <-> latents: vae, learned (variance), or pixels')
     sigma: float = option(0.5, "standard deviation of the noise on the latents, SimFlow's constant")
+    noise: str = option('additive', 'how it is put there: additive, linear, slerp, or uniform')
+    latent_norm: bool = option(True, "LayerNorm of each token's mu")
     latent_dim: int = option(64, 'channels of a token, D')
     vae_width: int = option(128, "channels of the VAE's first level")
     vae_mults: tuple[int, ...] = option((1, 1, 2, 2, 4), 'multipliers of it, a level each')
     vae_patch: int = option(1, 'pixels a side that the first level takes as one')
+    prior: str = option('flow', 'of the latents: flow, vp (volume preserving), or sit (diffusion)')
     width: int = option(1152, "width of the flow's transformers, C")
     heads: int = option(16, 'attention heads')
     layers: tuple[int, ...] = option((2, 2, 2, 2, 2, 46),
                                      'layers of each block of the flow, image -> noise')
+    guidance: str = option('starflow', 'how --cfg guides: a row of GUIDANCE in flow.py')
+    denoise: bool = option(False, "end sampling by TARFlow's denoising step (Tweedie)")
 
+    init: str = option('', 'checkpoint of another run to start from, its codec and, where it is of '
+                           'one shape, its flow')
+    freeze: str = option('', 'what keeps the weights of --init: encoder, or vae (both halves)')
+
+    rate: float = option(1.0, 'weight of the rate: nll less the entropy of a learned variance')
     l1: float = option(1.0, 'weight of the absolute pixel error')
     l2: float = option(0.0, 'weight of the squared pixel error')
     lpips: float = option(1.0, 'weight of the perceptual loss; 0 is off')
     lpips_vgg: str = option('', "torchvision's VGG16 weights; default: download once")
     lpips_heads: str = option('', "LPIPS v0.1's linear heads; default: download once")
+    align: str = option('', 'features to align with a teacher: forward (REPA-E), reverse or '
+                            'reverse_through (R-REPA)')
+    repa: str = option('dinov2', 'the teacher: dinov2 (downloaded once), random, or a file')
+    repa_weight: float = option(1.0, 'weight of the alignment')
+    repa_block: int = option(3, 'block that is aligned, from 1 on, image -> noise')
+    repa_layer: int = option(1, 'after which of its layers, from 1 on')
     gan: float = option(0.1, 'weight of the adversarial loss; 0 is off')
     gan_start: int = option(0, 'first step with the adversarial loss')
     gan_adaptive: bool = option(True, 'scale that weight by the ratio of gradient norms at the '
@@ -79,6 +97,7 @@ class Config:
     warmup: int = option(0, 'steps of linear warm-up')
     constant: float = option(0.5, 'share of the run at constant learning rate, before the cosine')
     beta2: float = option(0.999, "Adam's second beta")
+    weight_decay: float = option(0.0, "AdamW's")
     clip: float = option(1.0, 'largest gradient norm')
     ema: float = option(0.9999, 'decay of the weight average')
     class_drop: float = option(0.1, 'probability of training without the class')
@@ -110,8 +129,11 @@ class Config:
             if not fine:
                 raise UserError(sentence)
 
+        for name, table in TABLES.items():
+            value = getattr(self, name)
+            require(value in table, f'--{name} {value} must be one of: {", ".join(table)}')
         for name in ('layers', 'vae_mults'):
-            require(min(getattr(self, name)) > 0,
+            require(all(n > 0 for n in getattr(self, name)),
                     f'--{name} must be positive integers, such as 2,2,6')
         for name in POSITIVE:
             value = getattr(self, name)
@@ -132,15 +154,37 @@ class Config:
                 f'--image_size {self.image_size} is too small for --gan_layers {self.gan_layers}')
         require(self.gan_width % 4 == 0, f'--gan_width {self.gan_width} must be a multiple of 4')
         require(self.beta2 < 1, '--beta2 must be less than 1')
-        require(self.l1 + self.l2 > 0,
+        require(self.l1 + self.l2 > 0 or self.codec == 'pixels',
                 'one of --l1 and --l2 must be positive: nothing else teaches the decoder')
         require(self.epochs + self.steps > 0, 'one of --steps and --epochs must be positive')
+        self.check_system(require)
+
+    def check_system(self, require):
+        """The same, for what only some presets use."""
+        require(self.codec != 'pixels' or self.latent_dim in (self.vae_patch ** 2,
+                                                              3 * self.vae_patch ** 2),
+                f'--latent_dim {self.latent_dim} must be --vae_patch^2 times 3, or 1 for grey images')
+        require(self.codec != 'pixels' or self.gan == self.lpips == 0 and not self.freeze,
+                '--codec pixels has nothing to learn: leave --gan, --lpips and --freeze at 0')
+        require(self.noise == 'additive' or self.codec != 'learned',
+                f'--noise {self.noise} needs a constant variance, not --codec learned')
+        require(self.noise not in ('linear', 'slerp') or self.sigma <= 1,
+                f'--noise {self.noise} needs a --sigma of at most 1, not {self.sigma}')
+        require(not self.freeze or self.init, f'--freeze {self.freeze} needs --init, a checkpoint of '
+                "the VAE, such as python train.py --model vae's")
+        require(not (self.freeze == 'vae' and self.gan),
+                '--freeze vae leaves the adversarial loss nobody to teach: add --gan 0')
+        require(not self.align or self.prior != 'sit', '--align needs a flow, not --prior sit')
+        require(not self.align or self.repa_block <= len(self.layers)
+                and self.repa_layer <= self.layers[self.repa_block - 1],
+                f'--repa_block {self.repa_block} --repa_layer {self.repa_layer}: no such layer in '
+                f'--layers {",".join(map(str, self.layers))}')
 
 
 POSITIVE = ('image_size latent_dim vae_width vae_patch width heads gan_width gan_layers batch_size '
-            'grad_accum lr clip log_interval').split()
+            'grad_accum lr clip log_interval repa_block repa_layer').split()
 NOT_NEGATIVE = ('sigma l1 l2 lpips gan gan_start gan_lr epochs steps stop_at lr_end warmup seed '
-                'workers save_interval sample_interval').split()
+                'workers save_interval sample_interval rate repa_weight weight_decay').split()
 SHARES = 'class_drop constant ema beta2'.split()
 
 # A row is what differs from Config's defaults, which are XXL's (SimFlow Tables 8 and 9).
@@ -151,13 +195,43 @@ NANO = dict(data='shapes', image_size=32, latent_dim=16, vae_width=64, vae_mults
             width=128, heads=2, layers=(2, 2, 4), l1=0.0, l2=100.0, lpips=0.0, gan=0.0,
             gan_width=32, gan_layers=2, batch_size=32, steps=2500, lr=1e-3, lr_end=2e-5, warmup=100,
             beta2=0.99, ema=0.999, workers=1, log_interval=50, save_interval=250, sample_interval=500)
+XXL = dict(width=1152, heads=16, layers=(2, 2, 2, 2, 2, 46))
+REPA_E = dict(align='forward', repa_weight=1.0, repa_block=3, repa_layer=1)
+LEARNED = NANO | dict(codec='learned', sigma=0.0, latent_norm=False)
+# Blocks of equal depth, every one guided, a denoising step at the end.
+TARFLOW = NANO | dict(codec='pixels', latent_dim=48, sigma=0.05, layers=(2, 2, 2, 2), l2=0.0,
+                      guidance='tarflow', denoise=True, beta2=0.95, weight_decay=1e-4)
 PRESETS = {
     'nano': NANO,
     'S': dict(width=384, heads=6, layers=(2, 2, 2, 2, 2, 2)),
     'B': dict(width=768, heads=12, layers=(2, 2, 2, 2, 2, 2)),
     'L': dict(width=1024, heads=16, layers=(2, 2, 2, 2, 2, 14)),
     'XL': dict(width=1152, heads=16, layers=(2, 2, 2, 2, 2, 18)),
-    'XXL': dict(width=1152, heads=16, layers=(2, 2, 2, 2, 2, 46)),
+    'XXL': XXL,
+    'XXL_repa': XXL | REPA_E,
+    # What the papers compare with, at nano's size. Noise (SimFlow Table 6):
+    'no_noise': NANO | dict(sigma=0.0),                            # collapses
+    'linear': NANO | dict(noise='linear'),
+    'slerp': NANO | dict(noise='slerp'),
+    # What is learned, and what is trained (Table 10); those that freeze something need --init:
+    'no_norm': NANO | dict(latent_norm=False),
+    'learned': LEARNED,
+    'learned_noise': LEARNED | dict(sigma=0.5),
+    'vae': NANO | dict(layers=()),                                 # a VAE alone: stage one
+    'vae_learned': LEARNED | dict(layers=(), rate=1e-2),
+    'frozen': NANO | dict(freeze='vae'),
+    'frozen_learned': LEARNED | dict(freeze='vae'),
+    'starflow': LEARNED | dict(sigma=0.3, freeze='encoder'),
+    # Flows of pixels (TARFlow), the last one for bits a dimension of grey images:
+    'tarflow': TARFLOW,
+    'tarflow_vp': TARFLOW | dict(prior='vp'),
+    'tarflow_bits': TARFLOW | dict(latent_dim=16, noise='uniform', sigma=1 / 255, denoise=False,
+                                   dtype='float32'),
+    # A teacher for the flow's features (REPA-E; Flowing Backwards), here a random network:
+    'repa': NANO | REPA_E | dict(repa='random', repa_block=2),
+    'r_repa': NANO | dict(align='reverse', repa='random', repa_weight=0.1, repa_layer=2),
+    # A diffusion model for the flow (Table 7):
+    'sit': NANO | dict(prior='sit'),
 }
 
 
@@ -169,7 +243,7 @@ def parse_zero_or_one(text):
 
 def parse_ints(text):
     try:
-        return tuple(int(part) for part in text.split(','))
+        return tuple(int(part) for part in text.split(',') if text)
     except ValueError:
         raise argparse.ArgumentTypeError(
             f"'{text}' must be integers with commas between, such as 2,2,6")
@@ -211,44 +285,162 @@ def parse_options(cls, argv, description, presets={}):
 
 # ---------------------------------------------------------------------------------------- the model
 
+CODECS = {
+    'vae': lambda c: VAE(c.vae_width, c.vae_mults, c.vae_patch, c.latent_dim, c.sigma,
+                         c.latent_norm),
+    'learned': lambda c: LearnedVAE(c.vae_width, c.vae_mults, c.vae_patch, c.latent_dim, c.sigma,
+                                    c.latent_norm),
+    'pixels': lambda c: Pixels(c.vae_patch, c.latent_dim, c.sigma),
+}
+PRIORS = {'flow': Flow, 'vp': VPFlow, 'sit': SiT}
+
+
+class Noise(NamedTuple):
+    """add: mu, sigma, eps ~ N(0, I) -> x.  entropy: of x given mu in nats a dimension, less log sigma
+    and 0.5 log(2 pi)"""
+    add: typing.Callable
+    entropy: float = 0.5
+
+
+# SimFlow's Table 6. The paper does not say what its t is; here the noise has std sigma in all rows.
+# Uniform on mu +- sigma is for dequantisation: levels are 2 / 255 apart.
+NOISE = {
+    'additive': Noise(lambda mu, sigma, eps: mu + sigma * eps),
+    'linear': Noise(lambda mu, sigma, eps: (1 - sigma) * mu + sigma * eps),
+    'slerp': Noise(lambda mu, sigma, eps: math.sqrt(1 - sigma ** 2) * mu + sigma * eps),
+    'uniform': Noise(lambda mu, sigma, eps: mu + sigma * (2 * torch.special.ndtr(eps) - 1),
+                     math.log(2) - 0.5 * math.log(2 * math.pi)),
+}
+
+
 class SimFlow(nn.Module):
-    """VAE and flow. classes: how many, 0 for data without labels; as a class index it means "no
-    class"."""
+    """Codec (a VAE in all but the pixel presets) and prior (a flow in all but one). classes: how
+    many, 0 for data without labels; as a class index it means "no class"."""
 
     def __init__(self, config, classes):
         super().__init__()
         c = config
-        self.vae = VAE(c.vae_width, c.vae_mults, c.vae_patch, c.latent_dim, c.sigma)
-        self.flow = Flow(c.latent_dim, c.tokens, c.width, c.heads, c.layers, classes)
+        self.vae = CODECS[c.codec](c)
+        self.flow = PRIORS[c.prior](c.latent_dim, c.tokens, c.width, c.heads, c.layers, classes)
+        self.noise, self.guidance, self.denoise = NOISE[c.noise], c.guidance, c.denoise
+        frozen = {'': [], 'encoder': [self.vae.encoder], 'vae': [self.vae]}
+        for module in frozen[c.freeze]:
+            module.requires_grad_(False)
 
     def latents(self, image, noise):
-        """image (B, 3, H, W) in [-1, 1], noise (B, T, D) -> x = mu + sigma * noise, mu; both
-        (B, T, D)"""
+        """image (B, 3, H, W) in [-1, 1], noise (B, T, D) -> x = mu + sigma * noise, mu, both
+        (B, T, D); sigma, a number or (B, T, D)"""
         mu, sigma = self.vae.encode(image)
-        return mu + sigma * noise, mu
+        return self.noise.add(mu, sigma, noise), mu, sigma
+
+    def rate(self, nll, sigma):
+        """nll (B,), sigma a number or (B, T, D) -> (B,) KL(q(x | image) || p(x)), nats a dimension,
+        from one draw of x; bits a dimension times log 2 for dequantised pixels"""
+        return nll - self.noise.entropy - log_sigma(sigma, nll)
 
     def forward(self, image, y, noise):
         """image (B, 3, H, W) in [-1, 1], y (B,), noise (B, T, D) -> recon (B, 3, H, W), nll (B,),
-        mu (B, T, D)
+        entropy (B,) of a learned sigma, mu (B, T, D)
 
-        nll is in nats per latent dimension, without the constant 0.5 log(2 pi). The entropy of
-        q(x | image) is constant with a constant sigma, so it is not part of the loss (SimFlow A.3).
+        nll is in nats per latent dimension, without the constant 0.5 log(2 pi). With a constant
+        sigma the entropy of q(x | image) is constant, too, and no part of the loss (SimFlow A.3): 0.
         """
-        x, mu = self.latents(image, noise)
-        return self.vae.decode(x), self.flow.nll(x, y), mu
+        x, mu, sigma = self.latents(image, noise)
+        nll = self.flow.nll(x, y)
+        return self.vae.decode(x), nll, learned_entropy(sigma, nll), mu
 
     @torch.no_grad()
-    def generate(self, y, noise, cfg=0.0, gamma=0.0):
+    def generate(self, y, noise, cfg=0.0, gamma=0.0, guidance='', tol=0.0):
         """y (B,), noise (B, T, D) -> images (B, 3, H, W) in [-1, 1]
 
-        cfg: STARFlow's guidance in the deep block. gamma: SimFlow's score step (Eq. 6). 0 turns
-        either off.
+        cfg: w of guidance, a row of GUIDANCE, by default the preset's. gamma: SimFlow's score step
+        (Eq. 6). 0 turns either off. tol: of parallel decoding; 0 goes token by token.
         """
-        x = self.flow.sample(noise, y, cfg)
-        if gamma:
+        x = self.flow.sample(noise, y, cfg, GUIDANCE[guidance or self.guidance], tol)
+        null = torch.full_like(y, self.flow.null_class)
+        steps = [(gamma, y), (-gamma, null)] if gamma else []
+        if self.denoise:
+            steps.append((self.vae.sigma ** 2, y))
+        if steps:
             # An image's activations take about as much memory as the keys and values of 16.
-            x = self.flow.score_step(x, y, gamma, micro_batch=max(1, len(x) // 16))
+            x = self.flow.score_step(x, steps, micro_batch=max(1, len(x) // 16))
         return self.vae.decode(x).clamp(-1, 1)
+
+
+def log_sigma(sigma, like):
+    """sigma, a number or (B, T, D) -> (B,) its mean logarithm; device and dtype like (B,)"""
+    sigma = torch.as_tensor(sigma).to(like)
+    return sigma.log().mean((1, 2)) if sigma.dim() else sigma.log().expand_as(like)
+
+
+def learned_entropy(sigma, like):
+    """(B,) what the entropy of q(x | image) adds to the loss: nothing where sigma is a number"""
+    return log_sigma(sigma, like) if torch.is_tensor(sigma) else torch.zeros_like(like)
+
+
+# ------------------------------------------------------------------------------------ alignment
+
+def generative_pass(flow, inputs, z, y, block):
+    """The way back from z to the input of a block (counted from 1), teacher-forced so that all
+    tokens go at once: block t inverts with mu and log_scale of its input in the forward pass,
+    detached,
+
+        z_(t-1) = mu_t(sg x_(t-1)) + exp(log_scale_t(sg x_(t-1))) z_t,    starting from sg(z).
+
+    Equal to that input, but a function of the weights of this block and the deeper ones.
+    """
+    z = z.detach()
+    for b, x in reversed(list(zip(flow.blocks, inputs))[block - 1:]):
+        mu, log_scale = b.shifted(b.order(x.detach()), y)
+        z = b.order(mu + torch.exp(log_scale) * b.order(z))
+    return z
+
+
+# The input of the aligned block, (B, T, D), with different pasts:
+#     forward           the image's encoder and the blocks before (REPA-E, Leng et al. 2025,
+#                       arXiv:2504.10483): their weights get gradients, too
+#     reverse           none (R-REPA, Chen et al. 2025, as printed): the layers before the features
+#                       in the block itself get all the gradient
+#     reverse_through   the generative pass: so do all weights of this and the deeper blocks
+ALIGN = {
+    '': None,
+    'forward': lambda flow, inputs, z, y, block: inputs[block - 1],
+    'reverse': lambda flow, inputs, z, y, block: inputs[block - 1].detach(),
+    'reverse_through': generative_pass,
+}
+
+
+class Aligned(SimFlow):
+    """SimFlow whose flow is to see what a teacher sees: `forward` also returns a hidden state,
+    mapped by a trainable MLP into the teacher's space of `features` channels."""
+
+    def __init__(self, config, classes, features):
+        super().__init__(config, classes)
+        self.align, self.block, self.layer = (ALIGN[config.align], config.repa_block,
+                                              config.repa_layer)
+        self.projector = nn.Sequential(
+            nn.Linear(config.width, 2048), nn.SiLU(), nn.Linear(2048, 2048), nn.SiLU(),
+            nn.Linear(2048, features))
+
+    def forward(self, image, y, noise):
+        """As SimFlow's, and then (B, T, features), to be aligned with the teacher's patches"""
+        x, mu, sigma = self.latents(image, noise)
+        z, logdet, inputs = self.flow.trace(x, y)
+        nll = -self.flow.log_prob(z, logdet) / x[0].numel()
+        x_block = self.align(self.flow, inputs, z, y, self.block)
+        # These layers run a second time, which costs little as long as they are few.
+        hidden = self.flow.blocks[self.block - 1].features(x_block, y, self.layer)
+        entropy = learned_entropy(sigma, nll)
+        return self.vae.decode(x), nll, entropy, mu, self.projector(hidden)
+
+
+def alignment(projected, features):
+    """Two (B, T, F) -> minus their mean cosine, in float32: squares of bf16 are too coarse"""
+    return -F.cosine_similarity(projected.float(), features.float(), dim=-1).mean()
+
+
+TABLES = {'codec': CODECS, 'noise': NOISE, 'prior': PRIORS, 'guidance': GUIDANCE, 'align': ALIGN,
+          'freeze': ('', 'encoder', 'vae')}
 
 
 # ------------------------------------------------------------------- devices, processes, randomness
@@ -340,22 +532,26 @@ def find_place(device='', dtype='', compile=None):
     return place
 
 
-TRAIN, SAMPLE, RECON = range(3)                                    # random streams, never to meet
+TRAIN, SAMPLE, RECON, PRIOR = range(4)                             # random streams, never to meet
+
+
+def mix_seed(*integers):
+    """-> an integer of 63 bits"""
+    return int(np.random.SeedSequence(integers).generate_state(1, np.uint64)[0] >> 1)
 
 
 def generator(device, stream, seed, index=0):
     """A random number generator that depends on these integers alone: index is a step, or an
     image's."""
-    seed = int(np.random.SeedSequence((stream, seed, index)).generate_state(1, np.uint64)[0] >> 1)
-    return torch.Generator(device).manual_seed(seed)
+    return torch.Generator(device).manual_seed(mix_seed(stream, seed, index))
 
 
-def sample_images(model, labels, seed, place, batch_size, cfg=0.0, gamma=0.0):
+def sample_images(model, labels, seed, place, batch_size, cfg=0.0, gamma=0.0, **how):
     """Yield images (b, H, W, 3) uint8 in order; every process gets all of them and makes its share,
     at most batch_size at once. All processes must call it, and take all.
 
     Image i has class labels[i] and noise from (seed, i), so it depends neither on batch_size nor on
-    the processes.
+    the processes. how: see SimFlow.generate.
     """
     for start in range(0, len(labels), batch_size * place.world):
         first = start + place.rank * batch_size
@@ -366,7 +562,7 @@ def sample_images(model, labels, seed, place, batch_size, cfg=0.0, gamma=0.0):
             noise = torch.stack([torch.randn(model.flow.shape, generator=g) for g in sources])
             with place.autocast():
                 y = labels[index.start:index.stop].to(place.device)
-                images = to_uint8(model.generate(y, noise.to(place.device), cfg, gamma))
+                images = to_uint8(model.generate(y, noise.to(place.device), cfg, gamma, **how))
         if place.world > 1:
             shares = [None] * place.world
             dist.all_gather_object(shares, images)
@@ -420,7 +616,8 @@ def load_model(path):
     known = {f.name for f in dataclasses.fields(Config)}
     config = Config(**{k: v for k, v in state['config'].items() if k in known})
     model = SimFlow(config, len(state['class_names'])).eval().requires_grad_(False)
-    model.load_state_dict(state['ema'])
+    model.load_state_dict({name: value for name, value in state['ema'].items()
+                           if not name.startswith('projector.')})  # an aligned run's, of no more use
     return model, config, state['class_names']
 
 

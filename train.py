@@ -24,13 +24,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from data import UserError, batches, check, cli, open_data
-from model import (PRESETS, RECON, TRAIN, Config, Discriminator, SimFlow, adaptive_weight,
-                   find_place, from_uint8, generator, grid, hinge, load_checkpoint, load_lpips,
-                   parse_options, sample_images, to_uint8)
+from flow import Layer
+from model import (PRESETS, PRIOR, RECON, TRAIN, Aligned, Config, Discriminator, SimFlow,
+                   adaptive_weight, alignment, find_place, from_uint8, generator, grid, hinge,
+                   load_checkpoint, load_lpips, load_teacher, mix_seed, parse_options,
+                   sample_images, to_uint8)
 
 # Resuming with another value of these would not be the same run.
-FIXED = ('image_size latent_dim vae_width vae_mults vae_patch width heads layers gan_width '
-         'gan_layers sigma batch_size seed').split()
+FIXED = ('image_size codec latent_dim vae_width vae_mults vae_patch latent_norm sigma noise prior '
+         'width heads layers freeze align repa repa_block repa_layer gan_width gan_layers '
+         'batch_size seed').split()
 # Dense bf16 FLOP/s, for the column mfu of the log.
 PEAK = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12, 'L40S': 362e12, '4090': 165e12}
 
@@ -53,11 +56,12 @@ def ema_decay(config, step):
 
 def draw(config, classes, step, y, place):
     """The random numbers of a step -> noise (b, T, D), y (b,) with some classes dropped, for this
-    process's b images.
+    process's b images. Diffusion models then draw from torch's global random numbers.
 
     They are drawn for the global batch and sliced, so they depend on (seed, step) and not on how
     the batch is split.
     """
+    torch.manual_seed(mix_seed(PRIOR, config.seed, step, place.rank))
     g = generator(place.device, TRAIN, config.seed, step)
     B, b = config.batch_size, len(y)
     mine = slice(place.rank * b, (place.rank + 1) * b)
@@ -74,15 +78,22 @@ class Trainer:
 
     def __init__(self, config, classes, place):
         self.config, self.classes, self.place, self.step = config, classes, place, 0
+        self.names = ['loss', 'l1', 'l2', 'nll', 'entropy', 'mu_std', 'grad_norm', 'replaced']
+        kind, more = SimFlow, []
+        if config.align:
+            side = math.isqrt(config.tokens)
+            self.teacher = place.first(lambda: load_teacher(config.repa, side)).to(place.device)
+            self.names.append('align')
+            kind, more = Aligned, [self.teacher.width]
         torch.manual_seed(config.seed)                             # one start on every process
-        self.model = SimFlow(config, classes).to(place.device, memory_format=torch.channels_last)
+        self.model = kind(config, classes, *more)
+        self.model.to(place.device, memory_format=torch.channels_last)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
-        self.opt = adamw(self.model, config.lr, config.beta2)
+        self.opt = adamw(self.model, config.lr, config.beta2, config.weight_decay)
         for module in self.model.modules():
             module.grad_ckpt = config.grad_ckpt
         if place.compile:
             self.compile()
-        self.names = ['loss', 'l1', 'l2', 'nll', 'mu_std', 'grad_norm', 'replaced']
         if config.lpips:
             lpips = place.first(lambda: load_lpips(config.lpips_vgg, config.lpips_heads))
             self.lpips = lpips.to(place.device)                    # one process downloads
@@ -104,7 +115,7 @@ class Trainer:
         # DDP can send the gradients of one part while those of the next are computed. Dynamo's
         # splitter, which cuts one big graph for that, fails on checkpointing in older torch.
         torch._dynamo.config.optimize_ddp = False
-        layers = [layer for block in self.model.flow.blocks for layer in block.layers]
+        layers = [m for m in self.model.flow.modules() if isinstance(m, Layer)]
         for part in [self.model.vae.encoder, self.model.vae.decoder, *layers]:
             part.compile(fullgraph=True)
 
@@ -145,38 +156,50 @@ class Trainer:
         """
         c, terms = self.config, {}
         with self.place.autocast():
-            recon, nll, mu = self.ddp(image, y, noise)
-            error = recon - image
+            recon, nll, entropy, mu, *projected = self.ddp(image, y, noise)
+            seen = recon.detach().requires_grad_(True)
+            error = seen - image
             terms['l1'], terms['l2'] = error.abs().mean(), error.square().mean()
             rec = c.l1 * terms['l1'] + c.l2 * terms['l2']
             if c.lpips:
-                terms['lpips'] = self.lpips(recon, image).mean()
+                terms['lpips'] = self.lpips(seen, image).mean()
                 rec = rec + c.lpips * terms['lpips']
-        terms['nll'] = nll.mean()
+        terms['nll'], terms['entropy'] = nll.mean(), entropy.mean()
         terms['mu_std'] = mu.detach().std(0).mean() if len(mu) > 1 else mu.new_zeros(())
-        terms['loss'] = rec + terms['nll']
-        grad, = torch.autograd.grad(rec, recon)                    # (B, 3, H, W)
+        prior = c.rate * (terms['nll'] - terms['entropy'])
+        if c.align:
+            terms['align'] = alignment(*projected, self.features(image))
+            prior = prior + c.repa_weight * terms['align']
+        terms['loss'] = rec + prior
+        grad, = torch.autograd.grad(rec, seen)                     # (B, 3, H, W)
         if adversarial:
-            weight, grad_gan = self.adversary(image, recon, grad, terms)
+            weight, grad_gan = self.adversary(image, recon, seen, grad, terms)
             grad = grad + weight * grad_gan
             terms['loss'] = terms['loss'] + weight * terms['gan']
-        torch.autograd.backward([recon, terms['nll'] / c.grad_accum], [grad / c.grad_accum, None])
+        ends = [(recon, grad / c.grad_accum), (prior / c.grad_accum, None)]
+        torch.autograd.backward(*zip(*(end for end in ends if end[0].requires_grad)))
         return {name: value.detach() for name, value in terms.items()}
 
-    def adversary(self, image, recon, grad_rec, terms):
+    @torch.no_grad()
+    def features(self, image):
+        """(b, 3, H, W) in [-1, 1] -> (b, T, F), the teacher's"""
+        with self.place.autocast():
+            return self.teacher(image)
+
+    def adversary(self, image, recon, seen, grad_rec, terms):
         """The discriminator's gradients; for the generator, the weight and d gan / d recon, of
-        recon's shape (b, 3, H, W), as is grad_rec = d rec / d recon."""
+        recon's shape (b, 3, H, W), as are grad_rec = d rec / d recon, and seen, recon as a leaf."""
         c = self.config
         with self.place.autocast():
-            terms['gan'] = -self.disc(recon).float().mean()
-        grad_gan, = torch.autograd.grad(terms['gan'], recon)
+            terms['gan'] = -self.disc(seen).float().mean()
+        grad_gan, = torch.autograd.grad(terms['gan'], seen)
         weight = torch.full_like(terms['gan'], c.gan)
         if c.gan_adaptive:
             last = self.model.vae.conv_out.weight
             weight *= adaptive_weight(*(torch.autograd.grad(recon, last, g, retain_graph=True)[0]
                                         for g in (grad_rec, grad_gan)))
         with self.place.autocast():                                # one forward: DDP allows no two
-            logits = self.disc_ddp(torch.cat([image, recon.detach()])).float()
+            logits = self.disc_ddp(torch.cat([image, seen.detach()])).float()
         real, fake = logits.chunk(2)
         terms['d_loss'] = hinge(real, fake)
         (terms['d_loss'] / c.grad_accum).backward()
@@ -206,6 +229,8 @@ class Trainer:
         weight = (1 - ema_decay(c, self.step)) * (1 - failed)
         ema, now = list(self.ema.parameters()), list(self.model.parameters())
         torch._foreach_lerp_(ema, now, [weight] * len(now))
+        for average, value in zip(self.ema.buffers(), self.model.buffers()):
+            average.copy_(value)                                   # running means already
         self.totals = torch.where(failed > 0, self.totals, self.totals + values)
         self.step, self.count = self.step + 1, self.count + 1
 
@@ -224,6 +249,22 @@ class Trainer:
         values['replaced'] = round(values['replaced'] * self.count)
         self.totals, self.count = torch.zeros_like(self.totals), 0
         return values
+
+    def start_from(self, weights):
+        """Take the codec of a state dictionary and, if it has one of the same shape, the prior -> a
+        sentence that says what was taken. UserError if the codec is another."""
+        for model in (self.model, self.ema):
+            taken = []
+            for part in ('vae', 'flow'):
+                own = getattr(model, part).state_dict()
+                new = {name: weights.get(f'{part}.{name}') for name in own}
+                if all(v is not None and v.shape == own[name].shape for name, v in new.items()):
+                    getattr(model, part).load_state_dict(new)
+                    taken.append(part)
+        if 'vae' not in taken:
+            raise UserError(f'--init {self.config.init} holds another VAE: --codec, --latent_dim, '
+                            '--vae_width, --vae_mults and --vae_patch must be those it was made with')
+        return f'starting from {self.config.init}: {" and ".join(taken)}'
 
     def state(self):
         """Tensors and plain containers only."""
@@ -245,8 +286,9 @@ class Trainer:
             getattr(self, name).load_state_dict(state[name])
 
 
-def adamw(module, lr, beta2):
-    return torch.optim.AdamW(module.parameters(), lr, (0.9, beta2), weight_decay=0.0, fused=True)
+def adamw(module, lr, beta2, weight_decay=0.0):
+    trained = [p for p in module.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, lr, (0.9, beta2), weight_decay=weight_decay, fused=True)
 
 
 # ----------------------------------------------------------------------------------- files and logs
@@ -338,7 +380,7 @@ def save_pictures(trainer, data):
     noise = torch.randn(16, *trainer.model.flow.shape,
                         generator=generator('cpu', RECON, config.seed))
     with torch.no_grad(), place.autocast():
-        x, _ = trainer.model.latents(from_uint8(pixels.to(place.device)), noise.to(place.device))
+        x, *_ = trainer.model.latents(from_uint8(pixels.to(place.device)), noise.to(place.device))
         recon = to_uint8(trainer.model.vae.decode(x))
     pair = np.concatenate([pixels.permute(0, 2, 3, 1).numpy(), recon])
     grid(pair, 16).save(os.path.join(config.out, f'recon_{step:07d}.png'))
@@ -355,7 +397,7 @@ def train_flops(config, classes):
     adversarial networks not counted. Runs on the meta device, which computes shapes only."""
     with torch.device('meta'), FlopCounterMode(display=False) as counter:
         model, side = SimFlow(config, classes), config.image_size
-        recon, nll, _ = model(torch.empty(1, 3, side, side), torch.empty(1, dtype=torch.long),
+        recon, nll, *_ = model(torch.empty(1, 3, side, side), torch.empty(1, dtype=torch.long),
                               torch.empty(1, *model.flow.shape))
         (recon.sum() + nll.sum()).backward()
     return counter.get_total_flops()
@@ -464,6 +506,8 @@ def train(config, data, place):
     steps = total_steps(config, len(data))
     last = min(steps, config.stop_at or steps)
     trainer = Trainer(config, len(data.class_names), place)
+    if config.init and not os.path.exists(os.path.join(config.out, 'ckpt.pt')):
+        place.print(trainer.start_from(load_checkpoint(config.init)['ema']))
     resume(trainer, data)
     columns = ['step', *trainer.names, 'lr', *TIMING]
     log = place.rank == 0 and Log(os.path.join(config.out, 'log.csv'), columns, trainer.step)

@@ -7,7 +7,8 @@ A codec answers with a mean and a noise level, and decodes:
                     is learned)
     decode(x)       (B, T, D) -> (B, 3, H, W)
 
-Training and sampling never ask which codec it is: x = mu + sigma * noise.
+Training and sampling never ask which codec it is: x = mu + sigma * noise. Below the VAE stand its
+siblings: LearnedVAE, whose encoder predicts the variance, and Pixels, which only cuts patches.
 """
 import math
 
@@ -123,25 +124,67 @@ class VAE(nn.Module):
     width, mults: channels of the first level and multipliers of all.  patch: pixels a side that the
     first level takes as one (1 in the paper; more is what makes it fast on a CPU).  The
     down-sampling factor is f = patch * 2^(levels - 1).  latent_dim: D.  T = (image_size / f)^2
-    tokens, row by row; images are square.
+    tokens, row by row; images are square.  layer_norm: of each token's mu.
     """
+    outputs = 1                                                    # of the encoder, times D
 
-    def __init__(self, width, mults, patch, latent_dim, sigma):
+    def __init__(self, width, mults, patch, latent_dim, sigma, layer_norm=True):
         super().__init__()
         self.sigma = sigma
-        self.encoder = encoder(width, mults, patch, latent_dim)
+        self.encoder = encoder(width, mults, patch, self.outputs * latent_dim)
+        self.norm = (nn.LayerNorm(latent_dim, elementwise_affine=False) if layer_norm
+                     else nn.Identity())
         self.decoder = decoder(width, mults, latent_dim)
         # The last layer, where the adaptive weight of the adversarial loss compares gradients.
         self.conv_out = nn.Conv2d(width * mults[0], 3 * patch ** 2, 3, padding=1)
         self.unpatch = nn.PixelShuffle(patch)
 
     def encode(self, image):
-        """(B, 3, H, W) in [-1, 1] -> mu (B, T, D), each token of mean 0 and variance 1; sigma"""
-        mu = self.encoder(image).flatten(2).transpose(1, 2).float()      # (B, T, D)
-        return F.layer_norm(mu, mu.shape[-1:]), self.sigma
+        """(B, 3, H, W) in [-1, 1] -> mu (B, T, D), each token of mean 0 and variance 1 with
+        layer_norm; sigma"""
+        return self.norm(to_tokens(self.encoder(image))), self.sigma
 
     def decode(self, x):
         """(B, T, D) -> (B, 3, H, W), about [-1, 1]. RuntimeError if T is not a square."""
-        side = int(x.shape[1] ** 0.5)
-        h = self.decoder(x.transpose(1, 2).unflatten(2, (side, side)))
-        return self.unpatch(self.conv_out(h)).float()
+        return self.unpatch(self.conv_out(self.decoder(to_grid(x)))).float()
+
+
+class LearnedVAE(VAE):
+    """The standard VAE (Kingma & Welling 2013, arXiv:1312.6114): the encoder predicts log sigma^2,
+    too. To its latents noise of std `sigma` is added, STARFlow's; two Gaussian noises are one whose
+    variance is their sum."""
+    outputs = 2
+
+    def encode(self, image):
+        """(B, 3, H, W) in [-1, 1] -> mu, sigma (B, T, D)"""
+        mu, log_var = to_tokens(self.encoder(image)).chunk(2, dim=-1)
+        return self.norm(mu), (log_var.clamp(-30, 20).exp() + self.sigma ** 2).sqrt()
+
+
+class Pixels(nn.Module):
+    """TARFlow's codec, which learns nothing: a token is a patch of pixels, channel by channel.
+    latent_dim / patch^2 is 3, or 1 for grey images, whose three channels are the same."""
+
+    def __init__(self, patch, latent_dim, sigma):
+        super().__init__()
+        self.sigma, self.channels = sigma, latent_dim // patch ** 2
+        self.encoder, self.decoder = nn.PixelUnshuffle(patch), nn.PixelShuffle(patch)
+
+    def encode(self, image):
+        """(B, 3, H, W) in [-1, 1] -> mu (B, T, D) in [-1, 1], sigma"""
+        return to_tokens(self.encoder(image[:, :self.channels])), self.sigma
+
+    def decode(self, x):
+        """(B, T, D) -> (B, 3, H, W)"""
+        return self.decoder(to_grid(x)).float().expand(-1, 3, -1, -1)
+
+
+def to_tokens(h):
+    """(B, D, h, w) -> (B, h w, D) float32, row by row"""
+    return h.flatten(2).transpose(1, 2).float()
+
+
+def to_grid(x):
+    """(B, T, D) -> (B, D, h, w), h = w. RuntimeError if T is not a square."""
+    side = int(x.shape[1] ** 0.5)
+    return x.transpose(1, 2).unflatten(2, (side, side))

@@ -27,6 +27,14 @@ def small_flow(layers=(1, 1, 2), tokens=T, dim=D, classes=CLASSES, width=16):
     return perturbed(Flow(dim, tokens, width, 2, layers, classes))
 
 
+def predict(block, x, y):
+    return block.predict(x, block.condition(block.embed(y)))
+
+
+def simflow_step(y):
+    return [(0.25, y), (-0.25, torch.full_like(y, CLASSES))]
+
+
 @pytest.fixture
 def x():
     return torch.randn(B, T, D, generator=torch.Generator().manual_seed(2))
@@ -61,7 +69,7 @@ def test_sampling_inverts_the_flow(tokens, dim, width):
     x = torch.randn(4, tokens, dim, generator=torch.Generator().manual_seed(3))
     y = torch.arange(4)
     z, logdet = flow(x, y)
-    log_scale = flow.blocks[0].predict(x, y)[1]
+    log_scale = predict(flow.blocks[0], x, y)[1]
     assert 0.1 < log_scale.std() < 0.4 and logdet.abs().min() > 0  # not the identity
     assert (flow.sample(z, y) - x).abs().max() <= 1e-4 * x.abs().max()
     assert (flow(flow.sample(x, y), y)[0] - x).abs().max() <= 1e-4 * x.abs().max()
@@ -97,9 +105,9 @@ def inverse_slowly(block, z, y, cfg):
     x = z.clone()
     null = torch.full_like(y, CLASSES)
     for t in range(z.shape[1] - 1):
-        mu, log_scale = (p[:, t] for p in block.predict(x[:, :t + 1], y))
+        mu, log_scale = (p[:, t] for p in predict(block, x[:, :t + 1], y))
         if cfg:
-            mu_u, log_scale_u = (p[:, t] for p in block.predict(x[:, :t + 1], null))
+            mu_u, log_scale_u = (p[:, t] for p in predict(block, x[:, :t + 1], null))
             mu, log_scale = guide(mu, mu_u, log_scale, log_scale_u, cfg)
         x[:, t + 1] = mu + log_scale.exp() * z[:, t + 1]
     return block.order(x)
@@ -142,7 +150,7 @@ def test_guided_sampling_agrees_with_a_guided_forward_of_the_deep_block(x, y):
     deep, w = flow.blocks[-1], 2.0
     with torch.no_grad():
         sample = deep.order(deep.inverse(x, y, w))
-        cond, uncond = deep.predict(sample, y), deep.predict(sample, torch.full_like(y, CLASSES))
+        cond, uncond = predict(deep, sample, y), predict(deep, sample, torch.full_like(y, CLASSES))
         mu, log_scale = (F.pad(p[:, :-1], (0, 0, 1, 0)) for p in guide(cond[0], uncond[0], cond[1], uncond[1], w))
         torch.testing.assert_close(deep.order((sample - mu) * torch.exp(-log_scale)), x, rtol=1e-4, atol=1e-4)
 
@@ -169,12 +177,12 @@ def test_score_is_the_gradient_of_log_density(x, y):
 def test_score_step_in_micro_batches(x, y, micro_batch):
     flow = small_flow()
     expected = x + 0.25 * (flow.score(x, y) - flow.score(x, torch.full_like(y, CLASSES)))
-    torch.testing.assert_close(flow.score_step(x, y, 0.25, micro_batch), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(flow.score_step(x, simflow_step(y), micro_batch), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_score_step_moves_nothing_without_a_class(x):
     null = torch.full((B,), CLASSES)
-    torch.testing.assert_close(small_flow().score_step(x, null, 0.25, 4), x)
+    torch.testing.assert_close(small_flow().score_step(x, simflow_step(null), 4), x)
 
 
 def test_data_without_classes(x):
@@ -189,5 +197,5 @@ def test_bfloat16_keeps_the_affine_map_in_float32(x, y):
     with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
         z, logdet = flow(x, y)
         assert z.dtype == logdet.dtype == flow.sample(z, y).dtype == torch.float32
-        exact = flow.blocks[0].predict(x, y)[0]
+        exact = predict(flow.blocks[0], x, y)[0]
     assert exact.dtype == torch.float32

@@ -81,11 +81,11 @@ def test_everything_learns_together():
     image, y, noise = torch.randn(4, 3, 16, 16), torch.arange(4), torch.randn(4, *model.flow.shape)
     for loss in (lambda recon, nll: recon.square().mean(), lambda recon, nll: nll.mean()):
         model.zero_grad()
-        recon, nll, _ = model(image, y, noise)
+        recon, nll, *_ = model(image, y, noise)
         loss(recon, nll).backward()
         assert all(p.grad.abs().sum() > 0 for p in model.vae.encoder.parameters())
     model.zero_grad()
-    recon, nll, _ = model(image, y, noise)
+    recon, nll, *_ = model(image, y, noise)
     (recon.square().mean() + nll.mean()).backward()
     assert all(p.grad is not None for p in model.parameters())
 
@@ -93,7 +93,8 @@ def test_everything_learns_together():
 def test_latents_are_the_mean_plus_constant_noise():
     model = tiny_model()
     image, noise = torch.randn(2, 3, 16, 16), torch.randn(2, *model.flow.shape)
-    x, mu = model.latents(image, noise)
+    x, mu, sigma = model.latents(image, noise)
+    assert sigma == 0.5
     torch.testing.assert_close(x - mu, 0.5 * noise)
     torch.testing.assert_close(mu, model.vae.encode(image)[0])
     torch.testing.assert_close(model(image, torch.zeros(2).long(), noise)[1], model.flow.nll(x, torch.zeros(2).long()))
@@ -103,7 +104,7 @@ def test_generate_goes_through_the_parts():
     model = tiny_model()
     y, noise = torch.tensor([0, 2]), torch.randn(2, *model.flow.shape)
     x = model.flow.sample(noise, y, 1.5)
-    x = model.flow.score_step(x, y, 0.25, 2)
+    x = model.flow.score_step(x, [(0.25, y), (-0.25, torch.full_like(y, model.flow.null_class))], 2)
     images = model.generate(y, noise, cfg=1.5, gamma=0.25)
     torch.testing.assert_close(images, model.vae.decode(x).clamp(-1, 1))
     assert images.abs().max() <= 1
