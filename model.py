@@ -728,3 +728,122 @@ def load_lpips(vgg_path='', heads_path=''):
         raise UserError(f'{vgg_path} and {heads_path} are not the weights of VGG16 and of LPIPS '
                         f'({type(e).__name__}); name good copies with --lpips_vgg and '
                         '--lpips_heads, or do without: --lpips 0 --l2 400')
+
+
+# -------------------------------------------------------------------------------------- the teacher
+
+class TeacherBlock(nn.Module):
+    """Pre-norm transformer block with LayerScale (Touvron et al. 2021, arXiv:2103.17239):
+    h (B, N, C) -> (B, N, C). Its parameters have the names of DINOv2's release."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = [nn.LayerNorm(width, eps=1e-6) for _ in range(2)]
+        self.attn = nn.ModuleDict({'qkv': nn.Linear(width, 3 * width),
+                                   'proj': nn.Linear(width, width)})
+        self.mlp = nn.ModuleDict({'fc1': nn.Linear(width, 4 * width),
+                                  'fc2': nn.Linear(4 * width, width)})
+        self.ls1, self.ls2 = [nn.ParameterDict({'gamma': torch.ones(width)}) for _ in range(2)]
+
+    def forward(self, h):
+        qkv = self.attn.qkv(self.norm1(h)).unflatten(-1, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                       # 3 x (B, heads, N, c)
+        r = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        h = h + self.ls1.gamma * self.attn.proj(r)
+        r = self.mlp.fc2(F.gelu(self.mlp.fc1(self.norm2(h))))
+        return h + self.ls2.gamma * r
+
+
+class DINOv2(nn.Module):
+    """The vision transformer of DINOv2 (Oquab et al. 2023, arXiv:2304.07193), patch 14, without
+    registers: the frozen network whose features REPA and REPA-E align with.
+
+    image (B, 3, H, W) in [-1, 1] -> (B, side * side, width) float32: the patch tokens after the
+    last norm, row by row. side: tokens a side, for any image size.
+    """
+    PATCH = 14
+
+    def __init__(self, width, depth, heads, side):
+        super().__init__()
+        self.side = side
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + side * side, width))
+        self.mask_token = nn.Parameter(torch.zeros(1, width))      # of DINOv2's training: not used
+        self.patch_embed = nn.ModuleDict({'proj': nn.Conv2d(3, width, self.PATCH, self.PATCH)})
+        self.blocks = nn.ModuleList(TeacherBlock(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])       # ImageNet's
+        self.register_buffer('mean', mean.view(1, 3, 1, 1), persistent=False)
+        self.register_buffer('std', std.view(1, 3, 1, 1), persistent=False)
+        self.eval().requires_grad_(False)
+
+    def load(self, state):
+        """State dictionary of a release -> self, with the position table at this side. KeyError,
+        RuntimeError if it is not one."""
+        table = resample_positions(state['pos_embed'], self.side)
+        self.load_state_dict({**state, 'pos_embed': table})
+        return self
+
+    def forward(self, image):
+        # As REPA does: first normalised, then resized without antialiasing.
+        h = ((image + 1) / 2 - self.mean) / self.std
+        h = F.interpolate(h, (self.PATCH * self.side, self.PATCH * self.side), mode='bicubic')
+        h = self.patch_embed.proj(h).flatten(2).transpose(1, 2)    # (B, side * side, width)
+        h = torch.cat([self.cls_token.expand(len(h), -1, -1), h], dim=1) + self.pos_embed
+        for block in self.blocks:
+            h = block(h)
+        return self.norm(h)[:, 1:].float()
+
+
+def resample_positions(table, side):
+    """(1, 1 + n * n, C), the class token's row first -> (1, 1 + side * side, C) float32, by the
+    rule of timm's resample_abs_pos_embed, which REPA uses. (Meta's own has no antialiasing.)"""
+    first, grid = table[:, :1].float(), table[:, 1:].float()
+    n = math.isqrt(grid.shape[1])
+    if n == side:
+        return table.float()
+    grid = grid.transpose(1, 2).unflatten(2, (n, n))               # (1, C, n, n)
+    grid = F.interpolate(grid, (side, side), mode='bicubic', antialias=True)
+    return torch.cat([first, grid.flatten(2).transpose(1, 2)], dim=1)
+
+
+def random_teacher(side, seed=0):
+    """Small DINOv2 with random weights: a control, and a teacher without a download. Its features
+    tell images and positions apart, but know nothing of objects.
+
+    From numpy's RandomState, so that it is the same network everywhere.
+    """
+    rng, state = np.random.RandomState(seed), {}
+    for name, value in sorted(DINOv2(64, 2, 1, side=37).state_dict().items()):
+        draw = rng.standard_normal(value.shape)
+        if name.endswith('weight') and value.dim() > 1:
+            draw = draw / math.sqrt(value[0].numel())
+        elif name != 'pos_embed':                                  # scales near 1, the rest near 0
+            draw = 0.2 * draw + name.endswith(('weight', 'gamma'))
+        state[name] = torch.from_numpy(draw).float()
+    return DINOv2(64, 2, 1, side).load(state)
+
+
+DINOV2_URL = 'https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth'
+DINOV2_DIGEST = 'sha256:0b8b82f85de91b424aded121c7e1dcc2b7bc6d0adeea651bf73a13307fad8c73'
+
+
+def load_teacher(path, side):
+    """-> DINOv2 for side x side tokens: 'random', 'dinov2' (ViT-B/14, downloaded once), or a file
+    of Meta's for ViT-S, B or L. UserError if it can't be had."""
+    if path == 'random':
+        return random_teacher(side)
+    if path == 'dinov2':
+        path = os.path.join(torch.hub.get_dir(), 'checkpoints', os.path.basename(DINOV2_URL))
+        fetch(DINOV2_URL, path, DINOV2_DIGEST,
+              'put it there by hand, name a copy as the teacher, or train without one')
+    try:
+        state = torch.load(path, map_location='cpu', weights_only=True)
+        width = state['cls_token'].shape[-1]
+        depth = len({name.split('.')[1] for name in state if name.startswith('blocks.')})
+        return DINOv2(width, depth, width // 64, side).load(state)
+    except DAMAGED as e:
+        raise UserError(f'{path} is not the weights of DINOv2 ViT-S/14, B/14 or L/14 without '
+                        f'registers, or is damaged ({type(e).__name__}); name a good copy as the '
+                        "teacher, or 'dinov2' to download one")
