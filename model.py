@@ -80,6 +80,7 @@ class Config:
     repa_weight: float = option(1.0, 'weight of the alignment')
     repa_block: int = option(3, 'block that is aligned, from 1 on, image -> noise')
     repa_layer: int = option(1, 'after which of its layers, from 1 on')
+    repa_width: int = option(2048, 'of the MLP between')
     gan: float = option(0.1, 'weight of the adversarial loss; 0 is off')
     gan_start: int = option(0, 'first step with the adversarial loss')
     gan_adaptive: bool = option(True, 'scale that weight by the ratio of gradient norms at the '
@@ -182,7 +183,7 @@ class Config:
 
 
 POSITIVE = ('image_size latent_dim vae_width vae_patch width heads gan_width gan_layers batch_size '
-            'grad_accum lr clip log_interval repa_block repa_layer').split()
+            'grad_accum lr clip log_interval repa_block repa_layer repa_width').split()
 NOT_NEGATIVE = ('sigma l1 l2 lpips gan gan_start gan_lr epochs steps stop_at lr_end warmup seed '
                 'workers save_interval sample_interval rate repa_weight weight_decay').split()
 SHARES = 'class_drop constant ema beta2'.split()
@@ -228,8 +229,9 @@ PRESETS = {
     'tarflow_bits': TARFLOW | dict(latent_dim=16, noise='uniform', sigma=1 / 255, denoise=False,
                                    dtype='float32'),
     # A teacher for the flow's features (REPA-E; Flowing Backwards), here a random network:
-    'repa': NANO | REPA_E | dict(repa='random', repa_block=2),
-    'r_repa': NANO | dict(align='reverse', repa='random', repa_weight=0.1, repa_layer=2),
+    'repa': NANO | REPA_E | dict(repa='random', repa_block=2, repa_width=256),
+    'r_repa': NANO | dict(align='reverse', repa='random', repa_weight=0.1, repa_layer=2,
+                          repa_width=256),
     # A diffusion model for the flow (Table 7):
     'sit': NANO | dict(prior='sit'),
 }
@@ -419,8 +421,9 @@ class Aligned(SimFlow):
         self.align, self.block, self.layer = (ALIGN[config.align], config.repa_block,
                                               config.repa_layer)
         self.projector = nn.Sequential(
-            nn.Linear(config.width, 2048), nn.SiLU(), nn.Linear(2048, 2048), nn.SiLU(),
-            nn.Linear(2048, features))
+            nn.Linear(config.width, config.repa_width), nn.SiLU(),
+            nn.Linear(config.repa_width, config.repa_width), nn.SiLU(),
+            nn.Linear(config.repa_width, features))
 
     def forward(self, image, y, noise):
         """As SimFlow's, and then (B, T, features), to be aligned with the teacher's patches"""
@@ -766,7 +769,7 @@ class DINOv2(nn.Module):
 
     def __init__(self, width, depth, heads, side):
         super().__init__()
-        self.side = side
+        self.side, self.width = side, width
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + side * side, width))
         self.mask_token = nn.Parameter(torch.zeros(1, width))      # of DINOv2's training: not used
@@ -837,7 +840,7 @@ def load_teacher(path, side):
     if path == 'dinov2':
         path = os.path.join(torch.hub.get_dir(), 'checkpoints', os.path.basename(DINOV2_URL))
         fetch(DINOV2_URL, path, DINOV2_DIGEST,
-              'put it there by hand, name a copy as the teacher, or train without one')
+              "put it there by hand, name a copy with --repa, or train without: --align ''")
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)
         width = state['cls_token'].shape[-1]
@@ -845,5 +848,5 @@ def load_teacher(path, side):
         return DINOv2(width, depth, width // 64, side).load(state)
     except DAMAGED as e:
         raise UserError(f'{path} is not the weights of DINOv2 ViT-S/14, B/14 or L/14 without '
-                        f'registers, or is damaged ({type(e).__name__}); name a good copy as the '
-                        "teacher, or 'dinov2' to download one")
+                        f'registers, or is damaged ({type(e).__name__}); name a good copy with '
+                        "--repa, or 'dinov2' to download one")

@@ -32,8 +32,8 @@ from model import (PRESETS, PRIOR, RECON, TRAIN, Aligned, Config, Discriminator,
 
 # Resuming with another value of these would not be the same run.
 FIXED = ('image_size codec latent_dim vae_width vae_mults vae_patch latent_norm sigma noise prior '
-         'width heads layers freeze align repa repa_block repa_layer gan_width gan_layers '
-         'batch_size seed').split()
+         'width heads layers freeze align repa repa_block repa_layer repa_width gan_width '
+         'gan_layers batch_size seed').split()
 # Dense bf16 FLOP/s, for the column mfu of the log.
 PEAK = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12, 'L40S': 362e12, '4090': 165e12}
 

