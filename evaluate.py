@@ -4,6 +4,7 @@
     python evaluate.py --ckpt out/ckpt.pt --ref imagenet_val/ --cfg 0 1 2 --gamma 0 0.25   sample first
     python evaluate.py --ckpt out/ckpt.pt --reconstruct imagenet_val/   rFID, PSNR, SSIM, LPIPS, rate, ELBO
     python evaluate.py --ckpt out/ckpt.pt --latents 1                   SimFlow's Figures 3 and 4
+    python evaluate.py --ckpt out/ckpt.pt --classify imagenet_val/      accuracy of the flow as a classifier
     torchrun --nproc_per_node=8 -- evaluate.py ...                      the same numbers, faster
 
 Prints a table, and the same as JSON in the last line. Inception's weights are those of pytorch-fid's release
@@ -31,8 +32,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import CACHE, Arrays, Unreadable, UserError, cli, crop, fetch, open_data
-from model import (RECON, find_place, generator, grid, load_lpips, load_model, option, parse_options,
-                   sample_images, to_uint8)
+from model import (RECON, check_sampling, find_place, generator, grid, load_lpips, load_model, option,
+                   parse_options, sample_images, to_uint8)
 
 WEIGHTS = ('https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/'
            'pt_inception-2015-12-05-6726825d.pth')
@@ -60,10 +61,12 @@ class Options:
     ckpt: str = option('', 'checkpoint of train.py to sample from, to reconstruct with, or to look into')
     reconstruct: str = option('', 'images to encode and decode')
     latents: bool = option(False, 'measure the latent space, of --reconstruct or else of the training data')
+    classify: str = option('', 'images of the same classes to tell apart by their likelihood')
     n: int = option(50_000, 'images to sample; of given images, how many to use at most')
     ref_n: int = option(0, 'reference images to use at most; 0: all')
     cfg: list[float] = option((0.0,), 'guidance weights to sample with, one or more; 0 is off')
     gamma: list[float] = option((0.0,), 'sizes of the score step, one or more; 0 is off')
+    guidance: str = option('', "how --cfg guides: a row of GUIDANCE in flow.py; default: the checkpoint's")
     seed: int = option(0, 'of everything random')
     features: str = option('inception', 'inception, or random: needs no weights, is not FID')
     weights: str = option('', "Inception's weights; default: in torch.hub's directory, downloaded once")
@@ -80,9 +83,9 @@ class Options:
         guided = any(self.cfg) or any(self.gamma)
         for fine, sentence in (
                 (bool(self.samples) != bool(self.ckpt), 'name either samples to measure, or a --ckpt'),
-                (self.ckpt or not (self.reconstruct or self.latents or guided),
-                 '--reconstruct, --latents, --cfg and --gamma need a --ckpt'),
-                (self.ref or self.reconstruct or self.latents,
+                (self.ckpt or not (self.reconstruct or self.latents or self.classify or guided),
+                 '--reconstruct, --latents, --classify, --cfg and --gamma need a --ckpt'),
+                (self.ref or self.reconstruct or self.latents or self.classify,
                  '--ref is missing, the images to compare with: a folder, a zip, an npz or a data set'),
                 (self.features in ('inception', 'random'),
                  f'--features {self.features} must be inception or random'),
@@ -502,7 +505,8 @@ class Evaluation:
         if options.ckpt:
             self.model, self.config, self.class_names = load_model(options.ckpt)
             self.model.to(self.place.device)
-        if not options.latents:
+            check_sampling(self.config, any(options.gamma), options.guidance)
+        if not options.latents and not options.classify:
             self.net, self.weights = load_inception(options.features, options.weights)
             self.net.to(self.place.device, memory_format=torch.channels_last)
             self.prefix = '' if self.weights == DIGEST else 'random '      # of names that are not FID's
@@ -518,6 +522,8 @@ class Evaluation:
                 return [{'samples': o.samples} | self.compare(sample, ref)]
             if o.latents:
                 return self.latent_rows()
+            if o.classify:
+                return self.classify_rows()
             return self.reconstruct_rows() if o.reconstruct else self.sample_rows()
 
     def open(self, path, limit):
@@ -580,7 +586,8 @@ class Evaluation:
         """Yield positions (b,), images (b, H, W, 3) uint8: this process's share of --n, classes in turn."""
         o, start = self.o, 0
         labels = torch.arange(o.n) % max(1, len(self.class_names))
-        for images in sample_images(self.model, labels, o.seed, self.place, o.batch_size, cfg, gamma):
+        for images in sample_images(self.model, labels, o.seed, self.place, o.batch_size, cfg, gamma,
+                                    guidance=o.guidance):
             index = np.arange(start, start + len(images))
             mine = index % self.place.world == self.place.rank
             start += len(images)
@@ -644,6 +651,7 @@ class Evaluation:
         if self.o.features == 'inception':
             lpips = load_lpips(self.o.lpips_vgg, self.o.lpips_heads).to(self.place.device)
         statistics = {x: Statistics(self.net, len(index), [], self.place) for x in ('mu + sigma eps', 'mu')}
+        exact = self.config.prior != 'sit'                         # which has no likelihood
 
         def batches():
             for k, (pixels, image, y, x, mu, sigma, noise) in self.encode(data, index):
@@ -657,7 +665,7 @@ class Evaluation:
                     if lpips:
                         a, b = [(2 * t - 1).to(image.device) for t in (a, b)]
                         values[name, 'LPIPS'] = lpips(a, b).flatten()
-                    if latents is x:
+                    if latents is x and exact:
                         bits = distortion(image, recon, self.o.decoder_std)
                         elbo = rate * x[0].numel() / image[0].numel() + bits
                         values |= {(name, 'rate'): rate, (name, 'ELBO'): elbo}
@@ -672,6 +680,28 @@ class Evaluation:
                 rows.append({'decoded': name, 'n': len(index), self.prefix + 'rFID': rfid}
                             | {key: total.item() for (which, key), total in totals.items() if which == name})
         return rows
+
+    def classify_rows(self):
+        """Tell the classes of --classify's images apart by p(x | class), in two ways."""
+        data, index = self.open(self.o.classify, self.o.n)
+        if not data.class_names or data.class_names != self.class_names or self.config.prior == 'sit':
+            raise UserError(f'--classify {self.o.classify} must have the classes that the checkpoint was '
+                            'trained with, by the same names, and that a flow')
+        seconds = dict.fromkeys(CLASSIFIERS, 0.0)
+
+        def batches():
+            for _, (_, _, y, x, *_) in self.encode(data, index):
+                right = {}
+                for name, classify in CLASSIFIERS.items():
+                    start = time.perf_counter()
+                    with self.place.autocast():
+                        right[name] = (classify(self.model.flow, x) == y).cpu()      # waits for the device
+                    seconds[name] += time.perf_counter() - start
+                yield right
+
+        accuracy, n = self.means(batches(), len(index)), len(index)
+        return [{'classifier': name, 'n': n, 'accuracy': accuracy[name].item(),
+                 'ms an image': 1000 * seconds[name] * self.place.world / n} for name in CLASSIFIERS]
 
     def latent_rows(self):
         """Statistics of mu, and process 0's pictures of the latent space.
@@ -719,6 +749,27 @@ class Evaluation:
         folder = self.o.out or os.path.dirname(self.o.ckpt) or '.'
         os.makedirs(folder, exist_ok=True)
         return os.path.join(folder, name)
+
+
+def by_gradient(flow, x):
+    """The training-free classifier of Flowing Backwards (Chen et al. 2025): x (B, T, D) -> classes (B,)
+
+    In every block the class embedding is softmax(l) @ E, at l = 0 the mean of all; the answer is the logit
+    that log p(x | l) would raise most. One forward, one backward, whatever the number of classes.
+    """
+    with torch.enable_grad():
+        logits = x.new_zeros(len(x), flow.null_class, requires_grad=True)
+        log_p = flow.log_prob(*flow(x, logits.softmax(1)))
+        return torch.autograd.grad(log_p.sum(), logits)[0].argmax(1)
+
+
+def by_likelihood(flow, x):
+    """Bayes' rule with equal priors, one forward a class: x (B, T, D) -> classes (B,)"""
+    return torch.stack([flow.nll(x, torch.full((len(x),), c, device=x.device))
+                        for c in range(flow.null_class)]).argmin(0)
+
+
+CLASSIFIERS = {'gradient at softmax(0)': by_gradient, 'largest likelihood': by_likelihood}
 
 
 def distortion(image, recon, std):

@@ -175,7 +175,8 @@ class Config:
                 "the VAE, such as python train.py --model vae's")
         require(not (self.freeze == 'vae' and self.gan),
                 '--freeze vae leaves the adversarial loss nobody to teach: add --gan 0')
-        require(not self.align or self.prior != 'sit', '--align needs a flow, not --prior sit')
+        require(self.prior != 'sit' or not self.align and not self.denoise,
+                '--align and --denoise need a flow, not --prior sit')
         require(not self.align or self.repa_block <= len(self.layers)
                 and self.repa_layer <= self.layers[self.repa_block - 1],
                 f'--repa_block {self.repa_block} --repa_layer {self.repa_layer}: no such layer in '
@@ -219,7 +220,7 @@ PRESETS = {
     'learned': LEARNED,
     'learned_noise': LEARNED | dict(sigma=0.5),
     'vae': NANO | dict(layers=()),                                 # a VAE alone: stage one
-    'vae_learned': LEARNED | dict(layers=(), rate=1e-2),
+    'vae_learned': LEARNED | dict(layers=(), rate=0.1),
     'frozen': NANO | dict(freeze='vae'),
     'frozen_learned': LEARNED | dict(freeze='vae'),
     'starflow': LEARNED | dict(sigma=0.3, freeze='encoder'),
@@ -622,6 +623,14 @@ def load_model(path):
     model.load_state_dict({name: value for name, value in state['ema'].items()
                            if not name.startswith('projector.')})  # an aligned run's, of no more use
     return model, config, state['class_names']
+
+
+def check_sampling(config, gamma, guidance=''):
+    """UserError for what a checkpoint with this configuration can't do."""
+    if guidance not in ('', *GUIDANCE):
+        raise UserError(f'--guidance {guidance} must be one of: {", ".join(GUIDANCE)}')
+    if gamma and config.prior == 'sit':
+        raise UserError('--gamma needs a likelihood, which a checkpoint with --prior sit has not')
 
 
 # --------------------------------------------------------------------------------------- the losses

@@ -17,7 +17,8 @@ import torch
 from tqdm import tqdm
 
 from data import UserError, cli
-from model import find_place, grid, load_model, option, parse_options, sample_images
+from model import (check_sampling, find_place, grid, load_model, option, parse_options,
+                   sample_images)
 
 
 @dataclass
@@ -27,6 +28,8 @@ class Options:
     cfg: float = option(0.0, "guidance w in the deep block, STARFlow's; 0 is off (not 1)")
     gamma: float = option(0.0, "SimFlow's score step after that, Eq. 6; the paper's is 0.25, 0 is "
                                'off')
+    guidance: str = option('', 'how --cfg guides: a row of GUIDANCE in flow.py, such as tarflow or '
+                               "tarflow_tau (needs no labels); default: the checkpoint's")
     n: int = option(80, 'images; the label of image i is class i mod the number of classes')
     classes: list[str] = option((), 'names or indices of the classes to draw; default: all')
     seed: int = option(0, 'of the noise')
@@ -110,10 +113,11 @@ def main(argv):
     options.check()
     place = find_place(options.device, options.dtype)
     model, config, class_names = load_model(options.ckpt)
+    check_sampling(config, options.gamma, options.guidance)
     chosen = torch.tensor(choose_classes(options.classes, class_names))
     labels = chosen[torch.arange(options.n) % len(chosen)]
     batches = sample_images(model.to(place.device), labels, options.seed, place, options.batch_size,
-                            options.cfg, options.gamma)
+                            options.cfg, options.gamma, guidance=options.guidance)
     images = []
     with tqdm(total=options.n, unit=' images', disable=place.rank > 0 or None) as bar:
         for batch in batches:

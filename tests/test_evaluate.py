@@ -20,6 +20,7 @@ sys.path[:0] = [os.path.dirname(TESTS), TESTS]
 import evaluate
 import golden_evaluate as golden
 from data import UserError
+from flow import Flow
 from model import PRESETS, Config, Place, SimFlow
 
 HERE = Place(torch.device('cpu'), torch.float32, False)
@@ -470,20 +471,37 @@ def test_rate_is_infinite_without_noise(tiny, capsys):
     assert ' inf ' in out[1] and json.loads(out[-1])['rows'][0]['rate'] is None
 
 
-def test_likelihood_by_its_definition():
-    """For a flow that is the identity and an encoder that says N(m, s): KL of Gaussians, Gaussian pixels."""
-    g = torch.Generator().manual_seed(0)
-    m, s = torch.randn(2000, 4, 8, generator=g), 0.5
-    x = m + s * torch.randn(m.shape, generator=g)
-    image, recon = torch.rand(2, 2000, 3, 4, 4, generator=g)
-    rate, elbo = evaluate.likelihood(x.square().mean((1, 2)) / 2, s, x, image, recon, 0.2)
-    normal = torch.distributions.Normal
-    kl = torch.distributions.kl_divergence(normal(m, s), normal(0.0, 1.0)).mean()
-    assert rate.mean() * np.log(2) == pytest.approx(kl.item(), abs=0.01)
-    pixels = -normal(recon, 0.2).log_prob(image).mean() / np.log(2) + np.log2(127.5)
-    assert (elbo - rate * 32 / 48).mean().item() == pytest.approx(pixels.item(), rel=1e-5)
-    learned, _ = evaluate.likelihood(x.square().mean((1, 2)) / 2, torch.full_like(x, s), x, image, recon, 0.2)
-    torch.testing.assert_close(learned, rate)
+def test_distortion_by_its_definition():
+    image, recon = torch.rand(2, 20, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    bits = evaluate.distortion(image, recon, 0.2).mean().item()
+    log_p = torch.distributions.Normal(recon, 0.2).log_prob(image).mean().item()
+    assert bits == pytest.approx(-log_p / np.log(2) + np.log2(127.5), rel=1e-5)
+
+
+def test_classifiers_find_the_class_that_made_the_image(tiny):
+    """A flow whose classes are Gaussians far apart: Bayes' rule has no doubts, nor has the gradient."""
+    flow = Flow(4, 6, 16, 2, (1, 1), classes=2)
+    block = flow.blocks[0]
+    block.classes.weight.data.zero_()[:2, :2] = torch.tensor([[-5.0, 5.0], [5.0, -5.0]])
+    block.ada.weight.data[0, :2] = torch.tensor([1.0, -1.0])       # SiLU(a) - SiLU(-a) = a: -5 or 5 shifts channel 0
+    block.proj_out.weight.data.zero_()[:4, 0] = 0.8                # of the head, and thus every mu
+    y = torch.tensor([0, 1]).repeat(10)
+    x = flow.sample(torch.randn(20, 6, 4, generator=torch.Generator().manual_seed(0)), y)
+    for classify in evaluate.CLASSIFIERS.values():
+        assert torch.equal(classify(flow, x), y)
+
+
+def test_classify_reports_both(tiny, capsys):
+    ckpt = save_checkpoint(tiny / 'ckpt.pt')
+    for name in 'abc':
+        (tiny / 'images' / name).mkdir(parents=True)
+        for i, pixels in enumerate(golden.images(ord(name), 10, 16)):
+            Image.fromarray(pixels).save(tiny / 'images' / name / f'{i}.png')
+    rows = run(capsys, '--ckpt', ckpt, '--classify', tiny / 'images')['rows']
+    assert [row['classifier'] for row in rows] == list(evaluate.CLASSIFIERS)
+    assert all(0 <= row['accuracy'] <= 1 and row['ms an image'] > 0 and row['n'] == 30 for row in rows)
+    with pytest.raises(UserError, match='--classify'):
+        evaluate.main(['--ckpt', str(ckpt), '--classify', str(save_npz(tiny / 'data.npz', golden.images(1, 20, 16)))])
 
 
 def test_latents_draws_and_measures(tiny, capsys):

@@ -1,0 +1,357 @@
+"""The siblings of SimFlow: what each has of its own, by properties; then every preset, trained for two steps."""
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from data import UserError
+from flow import GUIDANCE, Block, Flow, SiT, VPFlow, extrapolate
+from model import NOISE, PRESETS, Aligned, Config, SimFlow, alignment, generative_pass, load_model
+from test_flow import B, CLASSES, D, T, perturbed, small_flow
+import train
+from vae import LearnedVAE, Pixels, VAE
+
+NANO_SIZED = [name for name, row in PRESETS.items() if 'data' in row]
+TINY = dict(image_size=16, vae_width=8, latent_dim=4, width=16, batch_size=8, workers=0, device='cpu', repa_width=16)
+X = torch.randn(B, T, D, generator=torch.Generator().manual_seed(2))
+Y = torch.tensor([0, 3, CLASSES])
+
+
+def config(preset, **more):
+    """The preset, as small as it can be"""
+    row = PRESETS[preset] | TINY | dict(repa_layer=1)
+    if row.get('codec') == 'pixels':
+        row['latent_dim'] = PRESETS[preset]['latent_dim']
+    row['layers'] = (1,) * len(row['layers'])
+    return Config(**row | dict(model=preset) | more)
+
+
+def options(preset, **more):
+    """The same as a command line"""
+    default = dataclasses.asdict(Config(**PRESETS[preset] | dict(model=preset)))
+    now = dataclasses.asdict(config(preset, **more))
+    text = lambda v: ','.join(map(str, v)) if isinstance(v, tuple) else str(int(v) if isinstance(v, bool) else v)
+    return ['--model', preset] + [f'--{k}={text(v)}' for k, v in now.items() if k != 'model' and v != default[k]]
+
+
+# ------------------------------------------------------------------------------------------------- noise and variance
+
+def test_kinds_of_noise():
+    """All but the last are Gaussian about a multiple of mu; slerp keeps variance 1; uniform fills mu +- sigma."""
+    g = torch.Generator().manual_seed(0)
+    mu, eps = torch.randn(2, 100_000, generator=g)
+    for name, factor in ('additive', 1), ('linear', 0.7), ('slerp', math.sqrt(1 - 0.09)):
+        x = NOISE[name].add(mu, 0.3, eps)
+        torch.testing.assert_close(x, factor * mu + 0.3 * eps)
+        assert torch.equal(NOISE[name].add(mu, 0.0, eps), mu)
+    assert NOISE['slerp'].add(mu, 0.3, eps).var() == pytest.approx(1, abs=0.02)
+    u = (NOISE['uniform'].add(mu, 0.3, eps) - mu) / 0.3
+    assert -1 <= u.min() < -0.999 and 0.999 < u.max() <= 1 and u.abs().mean() == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize('noise, entropy', [('additive', 0.5 * math.log(2 * math.pi * math.e) + math.log(0.3)),
+                                            ('uniform', math.log(0.6))])
+def test_rate_is_a_divergence(noise, entropy):
+    """nll, with its constant, less the entropy of the noise."""
+    model = SimFlow(config('nano', noise=noise, sigma=0.3), 3)
+    nll = torch.tensor([0.2, -1.0])
+    torch.testing.assert_close(model.rate(nll, 0.3), nll + 0.5 * math.log(2 * math.pi) - entropy)
+
+
+@pytest.mark.parametrize('floor', [0.0, 0.5])
+def test_rate_of_the_standard_vae_is_its_kl(floor):
+    """With no blocks the flow is N(0, I), and the divergence is the textbook's."""
+    model = SimFlow(config('learned', layers=(), sigma=floor), 3)
+    with torch.no_grad():
+        model.vae.encoder[-1].bias.normal_(generator=torch.Generator().manual_seed(0))
+        x, mu, sigma = model.latents(torch.randn(2, 3, 16, 16).repeat(2000, 1, 1, 1), torch.randn(4000, 16, 4))
+        rate = model.rate(model.flow.nll(x, torch.zeros(4000).long()), sigma).view(2000, 2).mean(0)
+    kl = torch.distributions.kl_divergence(torch.distributions.Normal(mu, sigma), torch.distributions.Normal(0, 1))
+    torch.testing.assert_close(rate, kl[:2].mean((1, 2)), rtol=0.02, atol=0.01)
+    assert sigma.shape == mu.shape and sigma.min() >= floor and sigma.std() > 0.1
+
+
+def test_entropy_is_in_the_loss_only_if_it_is_learned():
+    image, noise = torch.randn(2, 3, 16, 16), torch.randn(2, 16, 4)
+    for preset, learned in ('nano', False), ('no_noise', False), ('learned', True):
+        model = SimFlow(config(preset), 3)
+        _, _, entropy, _ = model(image, torch.zeros(2).long(), noise)
+        _, _, sigma = model.latents(image, noise)
+        assert entropy.requires_grad == learned
+        expected = sigma.log().mean((1, 2)) if learned else torch.zeros(2)
+        torch.testing.assert_close(entropy, expected)
+
+
+def test_layer_norm_can_go():
+    images = torch.randn(2, 3, 16, 16)
+    with_norm, without = [SimFlow(config(preset), 3).vae.encode(images)[0] for preset in ('nano', 'no_norm')]
+    assert with_norm.mean(-1).abs().max() < 1e-5 < 1e-3 < without.mean(-1).abs().max()
+
+
+# --------------------------------------------------------------------------------------------------------- what is trained
+
+@pytest.mark.parametrize('preset, stage_one, still, moving', [
+    ('frozen', 'vae', ['encoder', 'decoder'], []), ('frozen_learned', 'vae_learned', ['encoder', 'decoder'], []),
+    ('starflow', 'vae_learned', ['encoder'], ['decoder'])])
+def test_frozen_parts_are_those_of_stage_one(tmp_path, preset, stage_one, still, moving):
+    train.main([*options(stage_one, steps=2, sample_interval=0), '--out', str(tmp_path / 'one')])
+    first = [*options(preset, steps=4, sample_interval=0), '--init', str(tmp_path / 'one' / 'ckpt.pt')]
+    train.main([*first, '--out', str(tmp_path / 'two')])
+    train.main([*first, '--out', str(tmp_path / 'cut'), '--stop_at', '2'])
+    (tmp_path / 'one' / 'ckpt.pt').rename(tmp_path / 'elsewhere.pt')         # of no more use once begun
+    train.main([*first, '--out', str(tmp_path / 'cut')])
+    one, two, cut = [torch.load(path, weights_only=True) for path in
+                     (tmp_path / 'elsewhere.pt', tmp_path / 'two' / 'ckpt.pt', tmp_path / 'cut' / 'ckpt.pt')]
+    for name, value in two['model'].items():
+        part = name.split('.')[1]
+        assert torch.equal(value, cut['model'][name])                        # and it resumes to the bit
+        if part in still:
+            assert torch.equal(value, one['ema'][name])
+        if part in moving and name.endswith('weight'):
+            assert not torch.equal(value, one['ema'][name])
+    assert two['model']['flow.blocks.0.proj_out.weight'].abs().sum() > 0
+
+
+def test_init_takes_a_whole_model_or_refuses(tmp_path):
+    train.main([*options('nano', steps=2, sample_interval=0), '--out', str(tmp_path / 'one')])
+    start = ['--init', str(tmp_path / 'one' / 'ckpt.pt'), '--out', str(tmp_path / 'two')]
+    train.main([*options('nano', steps=1, sample_interval=0, lr=1e-12, lr_end=0.0), *start])
+    one, two = load_model(tmp_path / 'one' / 'ckpt.pt')[0], load_model(tmp_path / 'two' / 'ckpt.pt')[0]
+    for a, b in zip(one.parameters(), two.parameters()):
+        torch.testing.assert_close(a, b)
+    with pytest.raises(UserError, match='--vae_width'):
+        train.main([*options('nano', steps=1, vae_width=16), *start[:3], str(tmp_path / 'three')])
+    with pytest.raises(UserError, match='--init'):
+        train.main(options('frozen'))
+
+
+# ----------------------------------------------------------------------------------------------------------------- pixels
+
+@pytest.mark.parametrize('channels', [1, 3])
+def test_patches_are_a_bijection(channels):
+    codec = Pixels(patch=4, latent_dim=16 * channels, sigma=0.05)
+    image = torch.randn(2, channels, 8, 8).expand(-1, 3, -1, -1)
+    x, sigma = codec.encode(image)
+    assert x.shape == (2, 4, 16 * channels) and sigma == 0.05 and torch.equal(codec.decode(x), image)
+    token = image[0, :channels, :4, 4:]                                      # row 0, column 1: the second token
+    assert torch.equal(x[0, 1].sort().values, token.flatten().sort().values)
+
+
+def test_denoising_is_tweedies():
+    """For a flow that is the identity p = N(0, I), and the mean of clean data given x is x (1 - sigma^2)."""
+    model = SimFlow(config('tarflow', sigma=0.5), 3)
+    noise, y = 0.3 * torch.randn(2, 16, 48), torch.zeros(2).long()
+    torch.testing.assert_close(model.generate(y, noise), model.vae.decode(0.75 * noise).clamp(-1, 1))
+
+
+def guided_slowly(flow, z, y, cfg, guidance):
+    """The definition: every block, two passes a token, everything read again each time."""
+    for block in reversed(flow.blocks):
+        z, w = block.order(z), cfg if guidance.every_block or block is flow.blocks[-1] else 0.0
+        x = z.clone()
+        for t in range(T - 1):
+            weight = w * (t + 1) / (T - 1) if guidance.anneal else w
+            cond = [p[:, t] for p in predict_at(block, x[:, :t + 1], y, 1.0)]
+            null = y if guidance.tau else torch.full_like(y, CLASSES)
+            uncond = [p[:, t] for p in predict_at(block, x[:, :t + 1], null, guidance.tau or 1.0)]
+            mu, log_scale = guidance.rule(cond[0], uncond[0], cond[1], uncond[1], weight)
+            x[:, t + 1] = mu + log_scale.exp() * z[:, t + 1]
+        z = block.order(x)
+    return z
+
+
+def predict_at(block, x, y, tau):
+    """Queries that are divided by tau are attention at that temperature."""
+    bias, weight = [[getattr(layer.attn.qkv, kind)[:16] for layer in block.layers] for kind in ('bias', 'weight')]
+    for p in bias + weight:
+        p.data /= tau
+    out = block.predict(x, block.condition(block.embed(y)))
+    for p in bias + weight:
+        p.data *= tau
+    return out
+
+
+@pytest.mark.parametrize('name', GUIDANCE)
+def test_every_kind_of_guidance_is_its_definition(name):
+    flow, y = small_flow(), torch.tensor([0, 3, 1])
+    with torch.no_grad():
+        slow = guided_slowly(flow, X, y, 1.5, GUIDANCE[name])
+        torch.testing.assert_close(flow.sample(X, y, 1.5, GUIDANCE[name]), slow, rtol=1e-3, atol=1e-4)
+        assert (slow - flow.sample(X, y)).abs().max() > 1e-2                 # it does guide
+
+
+def test_temperature_guides_without_labels_and_one_is_none():
+    flow, none = small_flow(classes=0), torch.zeros(B, dtype=torch.long)
+    plain, guided = [flow.sample(X, none, cfg, GUIDANCE['tarflow_tau']) for cfg in (0.0, 2.0)]
+    assert (guided - plain).abs().max() > 1e-2
+    one = GUIDANCE['tarflow_tau']._replace(tau=1.0)
+    torch.testing.assert_close(flow.sample(X, none, 2.0, one), plain, rtol=1e-4, atol=1e-4)
+
+
+def test_extrapolation():
+    mu, log_scale = extrapolate(*torch.tensor([1.0, 0.5, -0.2, -0.1]), 2.0)
+    assert mu == 2.0 and log_scale == pytest.approx(-0.4)
+
+
+def test_volume_preserving():
+    torch.manual_seed(0)
+    flow = perturbed(VPFlow(D, T, 16, 2, (1, 1), CLASSES)).eval()
+    z, logdet = flow(X, Y)
+    assert torch.equal(logdet, torch.zeros(B)) and not torch.allclose(z, X)
+    jacobian = torch.autograd.functional.jacobian(lambda v: flow(v.view(1, T, D), Y[:1])[0].flatten(), X[0].flatten())
+    assert torch.linalg.det(jacobian).item() == pytest.approx(1, abs=1e-4)
+    torch.testing.assert_close(flow.sample(z, Y), X, rtol=1e-4, atol=1e-4)   # variance is still 1
+    x = 3 * torch.randn(500, T, D, generator=torch.Generator().manual_seed(3))
+    y = torch.zeros(500).long()
+    flow(x, y)
+    assert torch.equal(flow.variance, torch.ones(T, D))                      # not while evaluating
+    flow.train()
+    for _ in range(60):
+        flow(x, y)
+    square = flow(x, y)[0].square().mean(0)
+    torch.testing.assert_close(flow.variance, square, rtol=0.01, atol=0.01)
+    torch.testing.assert_close(flow.sample(flow(x, y)[0] / flow.variance.sqrt(), y), x, rtol=1e-3, atol=1e-3)
+
+
+def test_bits_a_dimension_of_a_new_flow_are_a_gaussians():
+    """Levels are 1 / 127.5 apart, and a uniform variable fills the gap: the density of z, in bits, plus log2(127.5)."""
+    model, y = SimFlow(config('tarflow_bits'), 3), torch.zeros(4).long()
+    levels = torch.randint(256, (4, 1, 16, 16)).expand(-1, 3, -1, -1)
+    x, mu, sigma = model.latents(levels / 127.5 - 1, torch.randn(4, 16, 16))
+    bits = model.rate(model.flow.nll(x, y), sigma) / math.log(2)
+    log_p = torch.distributions.Normal(0, 1).log_prob(x).mean((1, 2))
+    torch.testing.assert_close(bits, -log_p / math.log(2) + math.log2(127.5))
+    back = ((model.vae.decode(x) + 1) * 127.5).round().long()                # no two levels meet
+    assert torch.equal(back, levels)
+
+
+# -------------------------------------------------------------------------------------------------------------- alignment
+
+@pytest.mark.parametrize('block', [1, 2])
+def test_features_are_in_the_order_of_the_grid(block):
+    """A token's own features move when it does: those at its place, whichever way the block reads."""
+    flow = small_flow()
+    before = flow.blocks[block - 1].features(X, Y, 1)
+    moved = X.clone()
+    moved[:, 2] += 1
+    changed = (flow.blocks[block - 1].features(moved, Y, 1) - before).abs().amax((0, 2)) > 1e-6
+    reads_left_to_right = block == 1
+    assert changed.tolist() == [(t >= 2 if reads_left_to_right else t <= 2) for t in range(T)]
+
+
+def reached(model, loss):
+    """Names of the parts that get a gradient: encoder, or block.depth of the flow"""
+    model.zero_grad()
+    loss.backward()
+    names = [name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0]
+    return {'encoder' if 'encoder' in name else 'blocks.' + name.split('.')[2] for name in names
+            if 'encoder' in name or name.startswith('flow.blocks')}
+
+
+@pytest.mark.parametrize('align, parts', [
+    ('forward', {'encoder', 'blocks.0', 'blocks.1'}), ('reverse', {'blocks.1'}),
+    ('reverse_through', {'blocks.1', 'blocks.2'})])
+def test_which_parameters_alignment_teaches(align, parts):
+    torch.manual_seed(0)
+    model = Aligned(config('repa', align=align, repa_block=2), 3, 8)
+    for p in model.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    image, y, noise = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 3]), torch.randn(4, 16, 4)
+    *_, projected = model(image, y, noise)
+    assert projected.shape == (4, 16, 8)
+    assert reached(model, alignment(projected, torch.randn(4, 16, 8))) == parts
+    plain = SimFlow.forward(model, image, y, noise)                          # nothing else has changed
+    for a, b in zip(model(image, y, noise), plain):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize('block', [1, 2, 3])
+def test_generative_pass_comes_back_to_the_input(block):
+    flow = small_flow()
+    z, _, inputs = flow.trace(X, Y)
+    torch.testing.assert_close(generative_pass(flow, inputs, z, Y, block), inputs[block - 1], rtol=1e-4, atol=1e-4)
+
+
+def test_alignment_is_minus_the_cosine():
+    a, b = torch.randn(2, 2, 5, 8)
+    cosine = (a * b).sum(-1) / a.norm(dim=-1) / b.norm(dim=-1)
+    torch.testing.assert_close(alignment(a, b), -cosine.mean())
+    assert alignment(a, 3 * a) == pytest.approx(-1) and alignment(a.bfloat16(), b.bfloat16()).dtype == torch.float32
+
+
+def test_weights_of_classes_are_classes():
+    flow = small_flow()
+    one_hot = torch.eye(CLASSES)[[0, 3]]
+    for a, b in zip(flow(X[:2], one_hot), flow(X[:2], Y[:2])):
+        torch.testing.assert_close(a, b)
+
+
+# -------------------------------------------------------------------------------------------------------------- diffusion
+
+def test_sit_sees_all_tokens_and_starts_at_zero():
+    torch.manual_seed(0)
+    sit = SiT(D, T, 16, 2, (1, 1), CLASSES)
+    assert sit.velocity(X, torch.rand(B), Y).abs().max() == 0
+    perturbed(sit)
+    jacobian = torch.autograd.functional.jacobian(lambda v: sit.velocity(v, torch.rand(1), Y[:1]), X[:1])
+    assert (jacobian[0, :, :, 0].abs().amax((1, 3)) > 0).all()
+    one, other = sit.velocity(X, torch.zeros(B), Y), sit.velocity(X, torch.ones(B), Y)
+    assert (one - other).abs().max() > 1e-3                                  # it can tell the time
+
+
+def test_sit_trains_on_velocities():
+    sit, x = SiT(D, T, 16, 2, (1,), CLASSES), torch.randn(20_000, T, D, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    error = sit.nll(2 * x, torch.zeros(len(x)).long()).mean().item()         # at first of E (noise - x)^2
+    assert error == pytest.approx(5, rel=0.02)
+
+
+def test_sit_integrates_the_flow_of_a_gaussian(monkeypatch):
+    """Data N(0, s^2) have velocity x_t (t - (1 - t) s^2) / ((1 - t)^2 s^2 + t^2); the map from noise to data is s z.
+    The error of Euler's rule falls with the steps, that of Heun's with their square."""
+    s, sit = 0.5, SiT(D, T, 16, 2, (1,), CLASSES)
+    monkeypatch.setattr(sit, 'velocity', lambda x, t, y: x * ((t - (1 - t) * s ** 2) / (
+        (1 - t) ** 2 * s ** 2 + t ** 2))[0])
+    error = lambda steps, heun: (sit.sample(X, Y, steps=steps, heun=heun) - s * X).norm() / X.norm()
+    assert error(100, True) < 1e-4
+    assert error(20, False) / error(40, False) == pytest.approx(2, rel=0.2)
+    assert error(20, True) / error(40, True) == pytest.approx(4, rel=0.2)
+
+
+def test_sit_is_guided_on_velocities(monkeypatch):
+    sit = SiT(D, T, 16, 2, (1,), CLASSES)
+    monkeypatch.setattr(sit, 'velocity', lambda x, t, y: torch.where(y == CLASSES, 1.0, 3.0).view(-1, 1, 1).expand_as(x))
+    y = torch.zeros(B).long()
+    torch.testing.assert_close(sit.sample(X, y), X - 3)
+    torch.testing.assert_close(sit.sample(X, y, cfg=2.0), X - (3 + 2 * 2))
+
+
+# -------------------------------------------------------------------------------------------------------------- all presets
+
+@pytest.mark.parametrize('preset', NANO_SIZED)
+def test_presets_train_sample_and_resume(tmp_path, preset):
+    """Four steps are two and two, to the bit, and images come out."""
+    more = dict(steps=4, sample_interval=4, log_interval=1, save_interval=2)
+    if PRESETS[preset].get('freeze'):
+        stage_one = 'vae_learned' if PRESETS[preset].get('codec') == 'learned' else 'vae'
+        train.main([*options(stage_one, steps=1, sample_interval=0), '--out', str(tmp_path / 'one')])
+        more['init'] = str(tmp_path / 'one' / 'ckpt.pt')
+    train.main([*options(preset, **more), '--out', str(tmp_path / 'once')])
+    train.main([*options(preset, **more), '--out', str(tmp_path / 'twice'), '--stop_at', '2'])
+    train.main([*options(preset, **more), '--out', str(tmp_path / 'twice')])
+    once, twice = [torch.load(tmp_path / name / 'ckpt.pt', weights_only=True)['model'] for name in ('once', 'twice')]
+    assert once.keys() == twice.keys() and all(torch.equal(v, twice[name]) for name, v in once.items())
+    model, _, names = load_model(tmp_path / 'once' / 'ckpt.pt')
+    images = model.generate(torch.arange(2), torch.randn(2, *model.flow.shape), cfg=1.0)
+    assert images.shape == (2, 3, 16, 16) and images.isfinite().all() and images.std() > 0
+
+
+@pytest.mark.parametrize('argv, word', [
+    (['--codec', 'vea'], '--codec vea'), (['--prior', 'gan'], '--prior gan'), (['--noise', 'pink'], '--noise pink'),
+    (['--model', 'frozen'], '--init'), (['--model', 'tarflow', '--latent_dim', '16', '--vae_patch', '2'], '--latent_dim 16'),
+    (['--noise', 'slerp', '--sigma', '1.5'], '--sigma'), (['--model', 'repa', '--repa_block', '4'], '--repa_block 4'),
+    (['--model', 'sit', '--align', 'forward'], '--prior sit'), (['--model', 'learned', '--noise', 'slerp'], '--noise slerp')])
+def test_systems_that_make_no_sense(argv, word):
+    with pytest.raises(UserError, match=word):
+        train.main(argv)
