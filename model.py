@@ -15,6 +15,7 @@ import pickle
 import sys
 import typing
 from typing import NamedTuple
+import zipfile
 
 import numpy as np
 from PIL import Image
@@ -76,7 +77,8 @@ class Config:
     lpips_heads: str = option('', "LPIPS v0.1's linear heads; default: download once")
     align: str = option('', 'features to align with a teacher: forward (REPA-E), reverse or '
                             'reverse_through (R-REPA)')
-    repa: str = option('dinov2', 'the teacher: dinov2 (downloaded once), random, or a file')
+    repa: str = option('dinov2', 'the teacher: dinov2 (downloaded once), random, a file of '
+                      "DINOv2's weights, or a network that torch.export saved, X.pt2")
     repa_weight: float = option(1.0, 'weight of the alignment')
     repa_block: int = option(3, 'block that is aligned, from 1 on, image -> noise')
     repa_layer: int = option(1, 'after which of its layers, from 1 on')
@@ -841,9 +843,21 @@ DINOV2_URL = 'https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/dinov2_vitb14_
 DINOV2_DIGEST = 'sha256:0b8b82f85de91b424aded121c7e1dcc2b7bc6d0adeea651bf73a13307fad8c73'
 
 
+def load_exported(path):
+    """-> a network of torch.export, as save writes them: image (B, 3, H, W) in [-1, 1] ->
+    (B, T, width), for any B. `width` is read off its graph."""
+    if not zipfile.is_zipfile(path):                               # of which torch would log a page
+        raise EOFError
+    program = torch.export.load(path)
+    out, = program.graph.find_nodes(op='output')
+    net = program.module().requires_grad_(False)
+    net.width = out.args[0][0].meta['val'].shape[2]
+    return net
+
+
 def load_teacher(path, side):
-    """-> DINOv2 for side x side tokens: 'random', 'dinov2' (ViT-B/14, downloaded once), or a file
-    of Meta's for ViT-S, B or L. UserError if it can't be had."""
+    """-> a network for side x side tokens: 'random', 'dinov2' (ViT-B/14, downloaded once), a file of
+    Meta's for ViT-S, B or L, or any other network in a .pt2. UserError if it can't be had."""
     if path == 'random':
         return random_teacher(side)
     if path == 'dinov2':
@@ -851,11 +865,13 @@ def load_teacher(path, side):
         fetch(DINOV2_URL, path, DINOV2_DIGEST,
               "put it there by hand, name a copy with --repa, or train without: --align ''")
     try:
+        if path.endswith('.pt2'):
+            return load_exported(path)
         state = torch.load(path, map_location='cpu', weights_only=True)
         width = state['cls_token'].shape[-1]
         depth = len({name.split('.')[1] for name in state if name.startswith('blocks.')})
         return DINOv2(width, depth, width // 64, side).load(state)
     except DAMAGED as e:
         raise UserError(f'{path} is not the weights of DINOv2 ViT-S/14, B/14 or L/14 without '
-                        f'registers, or is damaged ({type(e).__name__}); name a good copy with '
-                        "--repa, or 'dinov2' to download one")
+                        f'registers, nor an exported network in a .pt2 ({type(e).__name__}); name a '
+                        "good copy with --repa, or 'dinov2' to download one")

@@ -5,11 +5,13 @@ import os
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from data import UserError
 import golden_align as golden
 import model as simflow
 from model import DINOv2, load_teacher, resample_positions
+import train
 
 
 @pytest.fixture(scope='module')
@@ -137,7 +139,7 @@ WRONG = {
 @pytest.mark.parametrize('name', WRONG)
 def test_files_that_are_not_dinov2(tmp_path, name):
     path = save(tmp_path / 'wrong.pth', WRONG[name])
-    with pytest.raises(UserError, match='wrong.pth.*teacher'):
+    with pytest.raises(UserError, match='wrong.pth.*--repa'):
         load_teacher(path, 8)
 
 
@@ -160,7 +162,7 @@ def test_release_is_downloaded_once_and_checked(tmp_path, monkeypatch):
     digest = hashlib.sha256(source.read_bytes()).hexdigest()
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path / 'hub'))
     monkeypatch.setattr(simflow, 'DINOV2_URL', source.as_uri())
-    with pytest.raises(UserError, match='teacher'):                # not the release, by its digest
+    with pytest.raises(UserError, match='--repa'):                # not the release, by its digest
         load_teacher('dinov2', 8)
     monkeypatch.setattr(simflow, 'DINOV2_DIGEST', f'sha256:{digest}')
     net = load_teacher('dinov2', 8)
@@ -174,3 +176,29 @@ def test_release_that_cannot_be_had(tmp_path, monkeypatch):
     with pytest.raises(UserError) as error:
         load_teacher('dinov2', 8)
     assert str(tmp_path) in str(error.value) and 'by hand' in str(error.value)
+
+
+class Patches(nn.Module):
+    """Any network: means of 4 x 4 pixels, in 6 channels"""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 4, stride=4)
+
+    def forward(self, image):
+        return self.conv(image).flatten(2).transpose(1, 2)
+
+
+def test_any_exported_network_can_teach(tmp_path):
+    net, path = Patches(), str(tmp_path / 'net.pt2')
+    image = torch.randn(2, 3, 16, 16)
+    torch.export.save(torch.export.export(net, (image,), dynamic_shapes=({0: torch.export.Dim('batch')},)), path)
+    teacher = load_teacher(path, 4)
+    assert teacher.width == 6
+    torch.testing.assert_close(teacher(image.repeat(2, 1, 1, 1)), net(image.repeat(2, 1, 1, 1)))
+    assert not any(p.requires_grad for p in teacher.parameters())
+    train.main(['--model', 'repa', '--repa', path, '--image_size', '16', '--steps', '1', '--batch_size', '4', '--workers',
+                '0', '--device', 'cpu', '--sample_interval', '0', '--out', str(tmp_path / 'out')])
+    (tmp_path / 'net.pt2').write_bytes(b'half a file')
+    with pytest.raises(UserError, match='net.pt2'):
+        load_teacher(path, 4)
