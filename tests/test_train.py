@@ -270,13 +270,13 @@ def test_unlabelled_data(tmp_path):
     assert load_model(tmp_path / 'out' / 'ckpt.pt')[2] == []
 
 
-@pytest.mark.parametrize('size', PRESETS)
+@pytest.mark.parametrize('size', ['nano', 'starflow', *(name for name in PRESETS if 'data' not in PRESETS[name])])
 def test_dry_run(size, capsys):
-    train.main(['--model', size, '--dry_run', '1'])
+    train.main(['--model', size, '--dry_run', '1', '--init', 'later.pt'])
     plan = capsys.readouterr().out
     for word in ('flow parameters', 'VAE parameters', 'tokens', 'batch', 'steps', 'FLOPs an image'):
         assert word in plan
-    assert size == 'nano' or '1000 classes' in plan and '800,730 = 160.0 epochs' in plan
+    assert 'data' in PRESETS[size] or '1000 classes' in plan and '800,730 = 160.0 epochs' in plan
 
 
 @pytest.mark.parametrize('argv, word', [
