@@ -16,18 +16,25 @@ import os
 import signal
 import sys
 import time
+from unittest import mock
+import warnings
+import weakref
 
 import numpy as np
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from data import UserError, batches, check, cli, open_data
 from flow import Layer
-from model import (PRESETS, PRIOR, RECON, TRAIN, Aligned, Config, Discriminator, SimFlow,
-                   adaptive_weight, alignment, find_place, from_uint8, generator, grid, hinge,
-                   load_checkpoint, load_lpips, load_teacher, mix_seed, parse_options,
+from model import (DINOv2, LPIPS, PRESETS, PRIOR, RECON, TRAIN, Aligned, Config, Discriminator, Place,
+                   SimFlow, adaptive_weight, alignment, find_place, from_uint8, generator, grid,
+                   hinge, load_checkpoint, load_lpips, load_teacher, mix_seed, parse_options,
                    sample_images, to_uint8)
 
 # Resuming with another value of these would not be the same run.
@@ -74,15 +81,16 @@ def draw(config, classes, step, y, place):
 
 class Trainer:
     """Networks, optimizers and running averages: one step, and all that a checkpoint needs to go on
-    to the bit."""
+    to the bit. lpips, teacher: the frozen networks, if not those that the configuration names."""
 
-    def __init__(self, config, classes, place):
+    def __init__(self, config, classes, place, lpips=None, teacher=None):
         self.config, self.classes, self.place, self.step = config, classes, place, 0
         self.names = ['loss', 'l1', 'l2', 'nll', 'entropy', 'mu_std', 'grad_norm', 'replaced']
         kind, more = SimFlow, []
         if config.align:
-            side = math.isqrt(config.tokens)
-            self.teacher = place.first(lambda: load_teacher(config.repa, side)).to(place.device)
+            teacher = teacher or place.first(
+                lambda: load_teacher(config.repa, math.isqrt(config.tokens)))
+            self.teacher = teacher.to(place.device)
             self.names.append('align')
             kind, more = Aligned, [self.teacher.width]
         torch.manual_seed(config.seed)                             # one start on every process
@@ -95,7 +103,8 @@ class Trainer:
         if place.compile:
             self.compile()
         if config.lpips:
-            lpips = place.first(lambda: load_lpips(config.lpips_vgg, config.lpips_heads))
+            lpips = lpips or place.first(
+                lambda: load_lpips(config.lpips_vgg, config.lpips_heads))
             self.lpips = lpips.to(place.device)                    # one process downloads
             self.names.append('lpips')
         if config.gan:
@@ -403,6 +412,89 @@ def train_flops(config, classes):
     return counter.get_total_flops()
 
 
+class Fake(FakeTensorMode):
+    """Tensors made in here have shapes and sizes but no contents."""
+
+    def __torch_dispatch__(self, *args):
+        out = super().__torch_dispatch__(*args)
+        self.fake_tensor_converter.tensor_memo.clear()             # weakrefs, which stop Module.to
+        return out
+
+    def __deepcopy__(self, memo):                                  # a copied tensor stays in here
+        return self
+
+
+class Memory(TorchDispatchMode):
+    """Bytes of the live tensors among those made in here; at their peak, that and the gradients'
+    share. Sees the results of operations, not what they need inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.bytes, self.gradients, self.peak = {}, 0, 0, (0, 0)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for storage in [t.untyped_storage() for t in tree_leaves(out) if torch.is_tensor(t)]:
+            if storage._cdata not in self.sizes:                   # else a view, or in place
+                self.sizes[storage._cdata] = storage.nbytes()
+                self.bytes += storage.nbytes()
+                weakref.finalize(storage, self.free, storage._cdata)
+        self.peak = max(self.peak, (self.bytes, self.gradients))
+        return out
+
+    def free(self, key):
+        self.bytes -= self.sizes.pop(key)
+
+
+def step_memory(trainer, memory, batch, world=1):
+    """Bytes at the peak of a step of `batch` images, by their use. memory: has seen the trainer
+    being made."""
+    def count(p):
+        memory.gradients = min(memory.gradients + p.nbytes, total)           # once a micro-batch
+
+    c = trainer.config
+    used = {'model': True, 'disc': c.gan, 'lpips': c.lpips, 'teacher': c.align}
+    parameters = [p for name in used if used[name] for p in getattr(trainer, name).parameters()]
+    trained = [p for p in parameters if p.requires_grad]
+    total = sum(p.nbytes for p in trained)
+    parts = {'parameters': sum(p.nbytes for p in parameters)}
+    for p in trained:
+        p.grad = torch.zeros_like(p)
+        p.register_post_accumulate_grad_hook(count)
+    for opt in [trainer.opt] + ([trainer.disc_opt] if c.gan else []):
+        opt.step()                                                 # the first one makes the state
+        opt.zero_grad(set_to_none=world == 1)                      # DDP's buckets stay
+    memory.gradients = total * (world > 1)
+    parts['average and Adam'] = memory.bytes - memory.gradients - parts['parameters']
+    memory.peak, trainer.step = (0, 0), c.gan_start
+    image = torch.zeros(batch, 3, c.image_size, c.image_size, dtype=torch.uint8)
+    trainer.train_step(image, torch.zeros(batch, dtype=torch.long), lr=0.0)
+    peak, parts['gradients'] = memory.peak
+    return parts | {'activations': peak - sum(parts.values())}
+
+
+def predict_memory(config, classes, world=1):
+    """step_memory of one of `world` processes, from fake CPU tensors. Attention is taken to be
+    fused, as it is on GPUs with bfloat16: no T x T matrix. Not in it: what torch.compile changes,
+    CUDA's context, cuDNN's workspaces, gaps between blocks of memory."""
+    half = (config.dtype or config.device) not in ('float32', 'cpu', 'mps')
+    place = Place(torch.device('cpu'), torch.bfloat16 if half else torch.float32, compile=False)
+    accum = min(2, config.grad_accum)                              # a third one is like the second
+    batch = config.batch_size // world // config.grad_accum * accum
+    config = dataclasses.replace(config, grad_accum=accum)
+    in_float32 = lambda norm: lambda h, *args, **kwargs: norm(h.float(), *args, **kwargs)
+    with contextlib.ExitStack() as stack:
+        for name in ('layer_norm', 'group_norm'):                  # as CUDA's autocast does
+            stack.enter_context(mock.patch.object(F, name, in_float32(getattr(F, name))))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings('ignore', 'Accessing the data pointer')      # deepcopy, of a Fake
+        stack.enter_context(Fake())
+        memory = stack.enter_context(Memory())
+        size = (64, 2, 1) if config.repa == 'random' else (768, 12, 12)      # else ViT-B's
+        teacher = DINOv2(*size, math.isqrt(config.tokens)) if config.align else None
+        return step_memory(Trainer(config, classes, place, LPIPS(), teacher), memory, batch, world)
+
+
 def print_plan(config):
     """What would be trained, from sizes alone: builds nothing, downloads nothing. UserError for
     data that are not there, or a batch that does not divide."""
@@ -427,6 +519,10 @@ def print_plan(config):
                       f'micro-batches x {config.batch_size // world // config.grad_accum} images',
              'steps': f'{steps:,} = {steps * config.batch_size / images:.1f} epochs',
              'FLOPs an image': f'{train_flops(config, classes):.3g} (forward and backward)'}
+    memory = predict_memory(config, classes, world)
+    rows['peak memory a process'] = (f'{sum(memory.values()) / 1e9:.2f} GB, not compiled; CUDA, '
+                                     'cuDNN and fragmentation take more')
+    rows |= {f'  {name}': f'{size / 1e9:.2f}' for name, size in memory.items()}
     print('\n'.join(f'{name:26}{value}' for name, value in rows.items()))
 
 

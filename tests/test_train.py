@@ -1,5 +1,6 @@
 """Training as its users meet it: resume to the bit, one process equals two, interruptions, numbers that are none."""
 import csv
+import dataclasses
 import os
 import re
 import signal
@@ -14,7 +15,7 @@ import torch
 
 from conftest import ROOT
 from data import UserError
-from model import Config, PRESETS, load_model
+from model import LPIPS, PRESETS, Config, Discriminator, Place, SimFlow, load_model, parse_options
 import train
 
 TINY = ('--image_size 16 --vae_width 8 --latent_dim 4 --width 16 --layers 1,1,2 --gan_width 8 --batch_size 8 '
@@ -270,13 +271,47 @@ def test_unlabelled_data(tmp_path):
     assert load_model(tmp_path / 'out' / 'ckpt.pt')[2] == []
 
 
-@pytest.mark.parametrize('size', ['nano', 'starflow', *(name for name in PRESETS if 'data' not in PRESETS[name])])
+@pytest.mark.parametrize('size', ['nano', 'starflow', 'S', 'XXL_repa'])
 def test_dry_run(size, capsys):
     train.main(['--model', size, '--dry_run', '1', '--init', 'later.pt'])
     plan = capsys.readouterr().out
-    for word in ('flow parameters', 'VAE parameters', 'tokens', 'batch', 'steps', 'FLOPs an image'):
+    for word in ('flow parameters', 'VAE parameters', 'tokens', 'batch', 'steps', 'FLOPs an image', 'peak memory a process'):
         assert word in plan
     assert 'data' in PRESETS[size] or '1000 classes' in plan and '800,730 = 160.0 epochs' in plan
+
+
+def predicted(*extra):
+    config = parse_options(Config, ['--lpips', '1', '--gan', '0.1', '--dtype', 'float32', *extra], '', PRESETS)
+    return config, train.predict_memory(config, 10)
+
+
+@pytest.mark.parametrize('extra', [[], ['--grad_ckpt', '1'], ['--grad_accum', '2'], ['--gan', '0', '--lpips', '0']])
+def test_predicted_memory_is_that_of_a_real_step(extra):
+    """Fake tensors, whose sizes their own mode keeps, against what the profiler sees the allocator hand out."""
+    config, parts = predicted(*extra)
+    trainer = train.Trainer(config, 10, Place(torch.device('cpu'), torch.float32, False), LPIPS())
+    batch = torch.zeros(32, 3, 32, 32, dtype=torch.uint8), torch.zeros(32, dtype=torch.long)
+    trainer.train_step(*batch, lr=0.0)                             # makes Adam's state
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        trainer.train_step(*batch, lr=0.0)
+    events = [(e.start_ns(), e.nbytes()) for e in profiler.profiler.kineto_results.events() if e.name() == '[memory]']
+    peak = np.cumsum([size for _, size in sorted(events, key=lambda e: e[0])]).max()
+    assert parts['gradients'] + parts['activations'] == pytest.approx(peak, rel=0.1)
+
+
+def test_predicted_memory_by_use():
+    (config, parts), (_, ckpt), (_, double) = predicted(), predicted('--grad_ckpt', '1'), predicted('--batch_size', '64')
+    model, disc = SimFlow(config, 10), Discriminator(config.gan_width, config.gan_layers)
+    numbers = [sum(p.numel() for p in module.parameters()) for module in (model, disc, LPIPS())]
+    assert parts['parameters'] == 4 * sum(numbers)
+    assert parts['average and Adam'] == pytest.approx(4 * (3 * numbers[0] + 2 * numbers[1]), rel=0.01)
+    assert ckpt['activations'] < 0.8 * parts['activations']
+    assert double['activations'] == pytest.approx(2 * parts['activations'], rel=0.25)
+    several = train.predict_memory(dataclasses.replace(config, batch_size=64), 10, world=2)
+    assert several['gradients'] == 4 * sum(numbers[:2])            # in buckets that are never freed
+    assert several['activations'] == pytest.approx(parts['activations'], rel=0.05)
+    half = train.predict_memory(dataclasses.replace(config, dtype='bfloat16'), 10)
+    assert 0.4 < half['activations'] / parts['activations'] < 1
 
 
 @pytest.mark.parametrize('argv, word', [
