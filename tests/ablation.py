@@ -29,6 +29,7 @@ SIZE = ('--width 96 --layers 1,1,2 --vae_width 48 --steps 600 --lr_end 1e-5 --sa
 # name: what it is, options of train.py, the row whose checkpoint it starts from
 ROWS = {
     'nano': ('SimFlow: end to end, sigma 0.5', '--model nano', ''),
+    'nano_long': ('the same, as many steps as two stages', '--model nano --steps 1200', ''),
     'no_norm': ('end to end, without LayerNorm', '--model no_norm', ''),
     'learned_noise': ('end to end, learned variance + noise 0.5', '--model learned_noise', ''),
     'learned': ('end to end, learned variance', '--model learned', ''),
@@ -175,7 +176,7 @@ def main():
             path = os.path.join(args.out, f'{row}_{seed}', 'result.json')
             if not os.path.exists(path):
                 ckpt = train(row, seed, train_zip, args.out)
-                result = measure(ckpt, held_out) | (judge(ckpt) if judge and row[:3] != 'vae' else {})
+                result = measure(ckpt, held_out) | (judge(ckpt) if judge and not row.startswith('vae') else {})
                 with open(path, 'w') as f:
                     json.dump(result, f)
             with open(path) as f:
