@@ -166,15 +166,15 @@ class Config:
         """The same, for what only some presets use."""
         require(self.codec != 'pixels' or self.latent_dim in (self.vae_patch ** 2,
                                                               3 * self.vae_patch ** 2),
-                f'--latent_dim {self.latent_dim} must be --vae_patch^2 times 3, or 1 for grey images')
+                f'--latent_dim {self.latent_dim} must be --vae_patch^2 times 3, or 1 for grey')
         require(self.codec != 'pixels' or self.gan == self.lpips == 0 and not self.freeze,
                 '--codec pixels has nothing to learn: leave --gan, --lpips and --freeze at 0')
         require(self.noise == 'additive' or self.codec != 'learned',
                 f'--noise {self.noise} needs a constant variance, not --codec learned')
         require(self.noise not in ('linear', 'slerp') or self.sigma <= 1,
                 f'--noise {self.noise} needs a --sigma of at most 1, not {self.sigma}')
-        require(not self.freeze or self.init, f'--freeze {self.freeze} needs --init, a checkpoint of '
-                "the VAE, such as python train.py --model vae's")
+        require(not self.freeze or self.init, f'--freeze {self.freeze} needs --init, a checkpoint '
+                "of the VAE, such as python train.py --model vae's")
         require(not (self.freeze == 'vae' and self.gan),
                 '--freeze vae leaves the adversarial loss nobody to teach: add --gan 0')
         require(self.prior != 'sit' or not self.align and not self.denoise,
@@ -192,13 +192,15 @@ NOT_NEGATIVE = ('sigma l1 l2 lpips gan gan_start gan_lr epochs steps stop_at lr_
 SHARES = 'class_drop constant ema beta2'.split()
 
 # A row is what differs from Config's defaults, which are XXL's (SimFlow Tables 8 and 9).
-# nano is for a CPU. Patches of 4 pixels make its VAE small, and 64 tokens of 16 channels are easier to
-# learn for it than 16 of 64. Without a perceptual loss the pixel error needs the larger weight. Without
-# an adversarial one it is blurrier, but at this size the discriminator made it worse: see the README.
+# nano is for a CPU. Patches of 4 pixels make its VAE small, and 64 tokens of 16 channels are easier
+# to learn for it than 16 of 64. Without a perceptual loss the pixel error needs the larger weight.
+# Without an adversarial one it is blurrier, but at this size the discriminator made it worse: see
+# the README.
 NANO = dict(data='shapes', image_size=32, latent_dim=16, vae_width=64, vae_mults=(1,), vae_patch=4,
             width=128, heads=2, layers=(2, 2, 4), l1=0.0, l2=100.0, lpips=0.0, gan=0.0,
-            gan_width=32, gan_layers=2, batch_size=32, steps=2500, lr=1e-3, lr_end=2e-5, warmup=100,
-            beta2=0.99, ema=0.999, workers=1, log_interval=50, save_interval=250, sample_interval=500)
+            gan_width=32, gan_layers=2, batch_size=32, steps=2500, lr=1e-3, lr_end=2e-5,
+            warmup=100, beta2=0.99, ema=0.999, workers=1, log_interval=50, save_interval=250,
+            sample_interval=500)
 XXL = dict(width=1152, heads=16, layers=(2, 2, 2, 2, 2, 46))
 REPA_E = dict(align='forward', repa_weight=1.0, repa_block=3, repa_layer=1)
 LEARNED = NANO | dict(codec='learned', sigma=0.0, latent_norm=False)
@@ -301,8 +303,8 @@ PRIORS = {'flow': Flow, 'vp': VPFlow, 'sit': SiT}
 
 
 class Noise(NamedTuple):
-    """add: mu, sigma, eps ~ N(0, I) -> x.  entropy: of x given mu in nats a dimension, less log sigma
-    and 0.5 log(2 pi)"""
+    """add: mu, sigma, eps ~ N(0, I) -> x.  entropy: of x given mu in nats a dimension, less
+    log sigma and 0.5 log(2 pi)"""
     add: typing.Callable
     entropy: float = 0.5
 
@@ -348,7 +350,7 @@ class SimFlow(nn.Module):
         entropy (B,) of a learned sigma, mu (B, T, D)
 
         nll is in nats per latent dimension, without the constant 0.5 log(2 pi). With a constant
-        sigma the entropy of q(x | image) is constant, too, and no part of the loss (SimFlow A.3): 0.
+        sigma the entropy of q(x | image) is one, too, and no part of the loss (SimFlow A.3): 0.
         """
         x, mu, sigma = self.latents(image, noise)
         nll = self.flow.nll(x, y)
@@ -623,7 +625,7 @@ def load_model(path):
     config = Config(**{k: v for k, v in state['config'].items() if k in known})
     model = SimFlow(config, len(state['class_names'])).eval().requires_grad_(False)
     model.load_state_dict({name: value for name, value in state['ema'].items()
-                           if not name.startswith('projector.')})  # an aligned run's, of no more use
+                           if not name.startswith('projector.')})  # an aligned run's, now useless
     return model, config, state['class_names']
 
 
@@ -856,8 +858,8 @@ def load_exported(path):
 
 
 def load_teacher(path, side):
-    """-> a network for side x side tokens: 'random', 'dinov2' (ViT-B/14, downloaded once), a file of
-    Meta's for ViT-S, B or L, or any other network in a .pt2. UserError if it can't be had."""
+    """-> a network for side x side tokens: 'random', 'dinov2' (ViT-B/14, downloaded once), a file
+    of Meta's for ViT-S, B or L, or any other network in a .pt2. UserError if it can't be had."""
     if path == 'random':
         return random_teacher(side)
     if path == 'dinov2':
@@ -873,5 +875,5 @@ def load_teacher(path, side):
         return DINOv2(width, depth, width // 64, side).load(state)
     except DAMAGED as e:
         raise UserError(f'{path} is not the weights of DINOv2 ViT-S/14, B/14 or L/14 without '
-                        f'registers, nor an exported network in a .pt2 ({type(e).__name__}); name a '
-                        "good copy with --repa, or 'dinov2' to download one")
+                        f'registers, nor an exported network in a .pt2 ({type(e).__name__}); name '
+                        "a good copy with --repa, or 'dinov2' to download one")

@@ -32,9 +32,9 @@ from tqdm import tqdm
 
 from data import UserError, batches, check, cli, open_data
 from flow import Layer
-from model import (DINOv2, LPIPS, PRESETS, PRIOR, RECON, TRAIN, Aligned, Config, Discriminator, Place,
-                   SimFlow, adaptive_weight, alignment, find_place, from_uint8, generator, grid,
-                   hinge, load_checkpoint, load_lpips, load_teacher, mix_seed, parse_options,
+from model import (LPIPS, PRESETS, PRIOR, RECON, TRAIN, Aligned, Config, DINOv2, Discriminator,
+                   Place, SimFlow, adaptive_weight, alignment, find_place, from_uint8, generator,
+                   grid, hinge, load_checkpoint, load_lpips, load_teacher, mix_seed, parse_options,
                    sample_images, to_uint8)
 
 # Resuming with another value of these would not be the same run.
@@ -271,8 +271,8 @@ class Trainer:
                     getattr(model, part).load_state_dict(new)
                     taken.append(part)
         if 'vae' not in taken:
-            raise UserError(f'--init {self.config.init} holds another VAE: --codec, --latent_dim, '
-                            '--vae_width, --vae_mults and --vae_patch must be those it was made with')
+            raise UserError(f'--init {self.config.init} holds another VAE: make --codec, --latent_dim, '
+                            '--vae_width, --vae_mults and --vae_patch those it was trained with')
         return f'starting from {self.config.init}: {" and ".join(taken)}'
 
     def state(self):
