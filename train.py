@@ -271,8 +271,8 @@ class Trainer:
                     getattr(model, part).load_state_dict(new)
                     taken.append(part)
         if 'vae' not in taken:
-            raise UserError(f'--init {self.config.init} holds another VAE: make --codec, --latent_dim, '
-                            '--vae_width, --vae_mults and --vae_patch those it was trained with')
+            raise UserError(f'--init {self.config.init} has another VAE: --codec, --latent_dim, '
+                            '--vae_width, --vae_mults, --vae_patch must be as it was trained with')
         return f'starting from {self.config.init}: {" and ".join(taken)}'
 
     def state(self):

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from data import UserError
-from flow import GUIDANCE, Block, Flow, SiT, VPFlow, extrapolate
+from flow import GUIDANCE, SiT, VPFlow, extrapolate
 from model import NOISE, PRESETS, Aligned, Config, SimFlow, alignment, generative_pass, load_model
 from test_flow import B, CLASSES, D, T, perturbed, small_flow
 import train
-from vae import LearnedVAE, Pixels, VAE
+from vae import Pixels
 
 NANO_SIZED = [name for name, row in PRESETS.items() if 'data' in row]
 TINY = dict(image_size=16, vae_width=8, latent_dim=4, width=16, batch_size=8, workers=0, device='cpu', repa_width=16)

@@ -182,6 +182,15 @@ def test_same_gradients_however_they_are_computed(tmp_path, plain, processes, ex
         assert (grad - other[name]).abs().max() < 1e-4 * scale, name
 
 
+@pytest.mark.parametrize('extra', [['--codec', 'learned'],
+                                   '--align forward --repa random --repa_block 2 --repa_width 16'.split()])
+def test_siblings_have_the_same_gradients_in_two_processes(tmp_path, extra):
+    one, two = gradients(tmp_path, *extra), gradients(tmp_path, *extra, processes=2)
+    for name, grad in one.items():
+        scale = max(g.abs().max() for fellow, g in one.items() if fellow.split('.')[:2] == name.split('.')[:2])
+        assert (grad - two[name]).abs().max() < 1e-4 * scale, name
+
+
 def test_two_processes_train_and_sample(tmp_path):
     """The whole script under torchrun: the log and the samples are those of one process."""
     options = TINY + ['--gan_adaptive', '0', '--steps', '3', '--log_interval', '1', '--sample_interval', '3']
