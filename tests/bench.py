@@ -1,11 +1,12 @@
-"""How fast, compared with what the machine can do and with a plain TARFlow (tests/tarflow_plain.py): ratios, measured in
-one run, of calls that take turns. Seconds are the shortest of all turns, since other processes only ever add to them.
+"""How fast, compared with what the machine can do and with a plain TARFlow (tests/tarflow_plain.py): ratios, measured
+in one run, of calls that take turns. Seconds are the shortest of all turns, since other processes only ever add to
+them; with one thread on a CPU they are seconds of this process, which others disturb less.
 
     python tests/bench.py                                              all sections, many minutes
     python tests/bench.py --quick 1                                    under a minute: does it work, at small sizes
-    python tests/bench.py --sections jacobi --ckpt out/ckpt.pt         what parallel decoding does for your own model
+    python tests/bench.py --sections jacobi --ckpt out/ckpt.pt         what parallel decoding does for your model
 
-Prints a table a section and, in the last line, all numbers as JSON. On a GPU matrix products are in bfloat16 (autocast).
+Prints a table a section and, in the last line, all numbers as JSON. On a GPU matrix products are in bfloat16.
 """
 import argparse
 import json
@@ -18,9 +19,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import conftest  # noqa: F401, puts the project on the path
+import flow as flow_module
 import tarflow_plain
 from flow import Flow
 from model import Config, PRESETS, Place, load_model, to_uint8
+from sample import Options
 from train import Trainer
 from vae import VAE
 
@@ -33,6 +36,7 @@ class Machine:
     def __init__(self, device, threads, quick):
         torch.set_num_threads(threads)
         self.device, self.quick, cuda = torch.device(device), quick, device.startswith('cuda')
+        self.clock = time.process_time if threads == 1 and device == 'cpu' else time.perf_counter
         self.place = Place(self.device, torch.bfloat16 if cuda else torch.float32, compile=False)
         self.seconds, self.turns = (1.0, 2) if quick else (20.0, 3)          # least, of each comparison
         name = torch.cuda.get_device_name() if cuda else cpu_name()
@@ -43,12 +47,12 @@ class Machine:
         """-> seconds"""
         if self.device.type == 'cuda':
             torch.cuda.synchronize()
-        start = time.perf_counter()
+        start = self.clock()
         with self.place.autocast():
             call()
         if self.device.type == 'cuda':
             torch.cuda.synchronize()
-        return time.perf_counter() - start
+        return self.clock() - start
 
     def times(self, calls):
         """{name: call} -> {name: shortest seconds}. They take turns, after one that does not count."""
@@ -89,8 +93,9 @@ def peer_of(flow):
     tokens, dim = flow.shape
     width, heads = flow.blocks[0].pos.shape[1], flow.blocks[0].layers[0].attn.heads
     peer = tarflow_plain.TARFlow(dim, tokens, width, heads, blocks=0, layers=0, classes=flow.null_class)
-    peer.blocks.extend(tarflow_plain.Block(dim, tokens, width, heads, len(block.layers), flow.null_class, block.reverse)
-                       for block in flow.blocks)
+    for block in flow.blocks:
+        peer.blocks.append(tarflow_plain.Block(dim, tokens, width, heads, len(block.layers), flow.null_class,
+                                               block.reverse))
     peer.load_state_dict(flow.state_dict())
     return peer.to(flow.blocks[0].pos.device)
 
@@ -99,7 +104,8 @@ def show(title, rows):
     """A Markdown table of dictionaries with the same keys -> them"""
     def cell(value):
         return f'{value:.3g}' if isinstance(value, float) and abs(value) < 1e4 else str(value)
-    lines = [' | '.join(rows[0]), ' | '.join('---' for _ in rows[0]), *(' | '.join(map(cell, r.values())) for r in rows)]
+    lines = [' | '.join(rows[0]), ' | '.join('---' for _ in rows[0])]
+    lines += [' | '.join(map(cell, row.values())) for row in rows]
     print(f'\n{title}\n\n' + '\n'.join(f'| {line} |' for line in lines), flush=True)
     return rows
 
@@ -152,9 +158,10 @@ def section_train(machine, args):
         call, gemm_flops = gemms(machine, batch * tokens, c.width)
         t = machine.times({'gemm': call, 'ours': nll_step(flow, x, y), 'peer': nll_step(peer_of(flow), x, y)})
         rate, flops = gemm_flops / t['gemm'], train_flops(flow, batch)
-        rows.append({'size': size, 'parameters': f'{sum(p.numel() for p in flow.parameters()):,}', 'batch': batch, 'T': tokens,
-                     'GEMM, GFLOP/s': rate / 1e9, 'ours, s': t['ours'], 'share of GEMM': flops / t['ours'] / rate,
-                     'plain, s': t['peer'], 'its share': flops / t['peer'] / rate, 'times as fast': t['peer'] / t['ours']})
+        rows.append({'size': size, 'parameters': f'{sum(p.numel() for p in flow.parameters()):,}', 'batch': batch,
+                     'T': tokens, 'GEMM, GFLOP/s': rate / 1e9, 'ours, s': t['ours'],
+                     'share of GEMM': flops / t['ours'] / rate, 'plain, s': t['peer'],
+                     'its share': flops / t['peer'] / rate, 'times as fast': t['peer'] / t['ours']})
     return show('Training the flow, forward and backward', rows)
 
 
@@ -220,6 +227,14 @@ def counted(flow, call):
     return counts[::-1]
 
 
+def parallel(flow, z, y, cfg, tol):
+    """flow.sample in parallel, even where it would rather go token by token"""
+    few, flow_module.FEW = flow_module.FEW, np.inf
+    x = flow.sample(z, y, cfg, tol=tol)
+    flow_module.FEW = few
+    return x
+
+
 def section_jacobi(machine, args):
     models = [(path, load_model(path)[0].to(machine.device)) for path in args.ckpt] or [('(trained briefly)', None)]
     rows = []
@@ -230,21 +245,23 @@ def section_jacobi(machine, args):
             z, y = machine.randn(batch, *flow.shape), machine.labels(batch, flow.null_class)
             for cfg in (0.0,) if machine.quick else (0.0, 2.0):
                 calls = {'one by one': lambda: flow.sample(z, y, cfg), 'peer': lambda: peer.sample(z, y, cfg),
-                         'parallel': lambda: flow.sample(z, y, cfg, tol=args.tol)}
+                         'jacobi': lambda: flow.sample(z, y, cfg, tol=args.tol),
+                         'forced': lambda: parallel(flow, z, y, cfg, args.tol)}
                 t = machine.times(calls)
                 row = {'checkpoint': path, 'batch': batch, 'cfg': cfg, 'one by one, s': t['one by one'],
-                       'parallel, s': t['parallel'], 'speed-up': t['one by one'] / t['parallel'],
-                       'vs. plain': t['peer'] / t['parallel'],
-                       'iterations': ' + '.join(map(str, counted(flow, calls['parallel'])))}
+                       'jacobi, s': t['jacobi'], 'speed-up': t['one by one'] / t['jacobi'],
+                       'vs. plain': t['peer'] / t['jacobi'], 'forced, s': t['forced'],
+                       'iterations': ' + '.join(map(str, counted(flow, calls['forced'])))}
                 rows.append(row | decoding_error(machine, flow, model, z, y, cfg, args.tol))
-    return show(f'Parallel decoding, tol {args.tol}; iterations of each block, of {z.shape[1] - 1} tokens', rows)
+    return show(f'Parallel decoding, tol {args.tol}. Forced: even where it takes longer than token by token; its '
+                f'iterations of each block, of {z.shape[1] - 1} tokens, and its errors', rows)
 
 
 def decoding_error(machine, flow, model, z, y, cfg, tol):
-    """Of parallel decoding against token by token: in latents the largest of an image, relative; in levels of uint8 the
-    largest and the mean"""
+    """Of parallel decoding against token by token: in latents the largest of an image, relative; in levels of uint8
+    the largest and the mean"""
     with machine.place.autocast():
-        a, b = flow.sample(z, y, cfg), flow.sample(z, y, cfg, tol=tol)
+        a, b = flow.sample(z, y, cfg), parallel(flow, z, y, cfg, tol)
         row = {'latents': ((a - b).norm(dim=(1, 2)) / a.norm(dim=(1, 2))).max().item(), 'levels, max': '-', 'mean': '-'}
         if model:
             with torch.no_grad():
@@ -253,14 +270,17 @@ def decoding_error(machine, flow, model, z, y, cfg, tol):
     return row
 
 
-# ----------------------------------------------------------------------------------------------- the VAE, the whole step
+# ---------------------------------------------------------------------------------------------- the VAE, the whole step
 
 def conv_calls(vae, image, noise):
-    """-> a call of every convolution and Linear layer of the VAE alone, forward and backward, on inputs of their shapes"""
-    seen, hooks = [], []
-    for module in vae.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            hooks.append(module.register_forward_hook(lambda m, args, out: seen.append((m, args[0].detach(), out.detach()))))
+    """-> a call of every convolution and Linear layer of the VAE alone, forward and backward, on inputs it has seen"""
+    seen = []
+
+    def see(module, inputs, out):
+        seen.append((module, inputs[0].detach(), out.detach()))
+
+    hooks = [module.register_forward_hook(see) for module in vae.modules()
+             if isinstance(module, (nn.Conv2d, nn.Linear))]
     vae_step(vae, image, noise)()
     for hook in hooks:
         hook.remove()
@@ -320,7 +340,8 @@ def section_step(machine, args):
                        'VAE': vae_step(trainer.model.vae, as_float, noise),
                        'flow': lambda: flow.nll(x, y).mean().backward(), 'optimizer + EMA': update})
     parts = {name: t[name] / t['step'] for name in ('VAE', 'flow', 'optimizer + EMA')}
-    return show("nano's training step", [{'batch': batch, 'images/s': batch / t['step'], **parts, 'rest': 1 - sum(parts.values())}])
+    return show("nano's training step", [{'batch': batch, 'images/s': batch / t['step'], **parts,
+                                          'rest': 1 - sum(parts.values())}])
 
 
 # -------------------------------------------------------------------------------------------------------------- scaling
@@ -331,9 +352,12 @@ def exponent(sizes, seconds):
 
 
 def section_scale(machine, args):
-    base = {'T': 64, 'width': 64, 'depth': 2, 'batch': 4} if machine.quick else {'T': 256, 'width': 192, 'depth': 2, 'batch': 8}
-    grid = ({'T': (32, 64), 'width': (64, 128), 'depth': (1, 2), 'batch': (2, 4)} if machine.quick else
-            {'T': (64, 128, 256, 512, 1024), 'width': (64, 128, 256, 512), 'depth': (1, 2, 4, 8), 'batch': (1, 4, 16, 64)})
+    base = {'T': 256, 'width': 192, 'depth': 2, 'batch': 8}
+    grid = {'T': (64, 128, 256, 512, 1024), 'width': (64, 128, 256, 512), 'depth': (1, 2, 4, 8),
+            'batch': (1, 4, 16, 64)}
+    if machine.quick:
+        base = {'T': 64, 'width': 64, 'depth': 2, 'batch': 4}
+        grid = {'T': (32, 64), 'width': (64, 128), 'depth': (1, 2), 'batch': (2, 4)}
     machine.seconds, rows = 0.0, []
     for what, sizes in grid.items():
         seconds = {'training': [], 'one by one': [], 'parallel': []}
@@ -342,7 +366,7 @@ def section_scale(machine, args):
             flow = machine.flow(s['width'], (s['depth'],) * 2, s['T'], dim=16, std=0.1)
             z, y = machine.randn(s['batch'], s['T'], 16), machine.labels(s['batch'])
             t = machine.times({'training': nll_step(flow, z, y), 'one by one': lambda: flow.sample(z, y),
-                               'parallel': lambda: flow.sample(z, y, tol=args.tol)})
+                               'parallel': lambda: parallel(flow, z, y, 0.0, args.tol)})
             for name in seconds:
                 seconds[name].append(t[name])
         rows.append({'time against': f'{what} = {", ".join(map(str, sizes))}',
@@ -359,7 +383,7 @@ def main():
     parser.add_argument('--sections', nargs='+', choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--threads', type=int, default=torch.get_num_threads())
-    parser.add_argument('--tol', type=float, default=1e-3, help='of parallel decoding')
+    parser.add_argument('--tol', type=float, default=Options.tol, help='of parallel decoding')
     parser.add_argument('--ckpt', nargs='+', default=[], help='trained models for the section jacobi')
     args = parser.parse_args()
     machine = Machine(args.device, args.threads, bool(args.quick))
