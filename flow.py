@@ -218,8 +218,8 @@ class Block(Transformer):
         return x.flip(1) if self.reverse else x
 
     def predict(self, x, ada, start=0, caches=None):
-        """Tokens start..start+n-1 in reading order, x (B, n, D), ada of `condition` -> mu, log_scale
-        (B, n, D) of the tokens that follow each of them"""
+        """Tokens start..start+n-1 in reading order, x (B, n, D), ada of `condition` -> mu and
+        log_scale (B, n, D) of the tokens that follow each of them"""
         return super().forward(x, ada, start, caches).chunk(2, dim=-1)
 
     def features(self, x, y, depth):

@@ -32,8 +32,8 @@ class Options:
     classes: list[str] = option((), 'names or indices of the classes to draw; default: all')
     decode: str = option('sequential', 'how the flow is inverted: sequential, token by token, or '
                                        'jacobi, several at once until they no longer change')
-    tol: float = option(1e-3, "jacobi's tolerance, relative change of a token; at 0.001 no pixel was "
-                              'more than one level of 255 off, in float32')
+    tol: float = option(1e-3, "jacobi's tolerance, relative change of a token: at 0.001 no pixel "
+                              'was more than one level of 255 off, in float32')
     seed: int = option(0, 'of the noise')
     batch_size: int = option(80, 'images at once in each process: more is faster and takes more '
                                  'memory')
