@@ -13,6 +13,7 @@ where a causal transformer computes mu_t and log_scale_t from x_<t and the class
 
 Below the flow stand its siblings: VPFlow, without scales, and SiT, a diffusion model in its place.
 """
+import contextlib
 from typing import Callable, NamedTuple
 
 import torch
@@ -21,21 +22,26 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 
-# ----------------------------------------------------------------------------------- the transformer
+# ---------------------------------------------------------------------------------- the transformer
 
 class Cache:
     """Keys and values of one attention layer for the tokens that have been read. It belongs to the
-    call that samples. `like` lends device and dtype; queries are divided by tau (B, 1, 1, 1)."""
+    call that samples. `mask` (T, T) is added to the scores and lends device and dtype; queries are
+    divided by tau (B, 1, 1, 1), if there is one."""
 
-    def __init__(self, batch, heads, tokens, head_dim, like, tau):
-        self.kv = like.new_empty(2, batch, heads, tokens, head_dim)
-        self.tau = tau
+    def __init__(self, batch, heads, head_dim, mask, tau):
+        self.kv = mask.new_empty(2, batch, heads, len(mask), head_dim)
+        self.mask, self.tau = mask, tau
 
-    def write(self, kv, start):
-        """(2, B, H, n, C/H) of tokens start..start+n-1 -> those of all tokens up to them"""
-        end = start + kv.shape[3]
+    def attend(self, q, kv, start):
+        """Queries (B, H, n, C/H), keys and values (2, B, H, n, C/H) of tokens start..start+n-1 ->
+        (B, H, n, C/H): what these see of one another and of the tokens before them"""
+        end = start + q.shape[2]
         self.kv[:, :, :, start:end] = kv
-        return self.kv[:, :, :, :end]
+        k, v = self.kv[:, :, :, :end]
+        q = q if self.tau is None else q / self.tau
+        mask = self.mask[start:end, :end] if q.shape[2] > 1 else None       # one sees all others
+        return F.scaled_dot_product_attention(q, k, v, mask)
 
 
 class Attention(nn.Module):
@@ -49,16 +55,30 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, h, cache=None, start=0):
-        B, n, C = h.shape
-        qkv = self.qkv(h).view(B, n, 3, self.heads, C // self.heads)
-        q, k, v = qkv = qkv.permute(2, 0, 3, 1, 4)                 # 3 x (B, H, n, C/H)
-        mask = None
+        qkv = self.qkv(h).unflatten(-1, (3, self.heads, -1))       # (B, n, 3, H, C/H)
         if cache is not None:
-            q, (k, v) = q / cache.tau, cache.write(qkv[1:], start)
-            if n > 1:                                              # a single token sees all others
-                mask = torch.ones(n, start + n, dtype=torch.bool, device=h.device).tril(start)
-        h = F.scaled_dot_product_attention(q, k, v, mask, is_causal=self.causal and cache is None)
-        return self.proj(h.transpose(1, 2).reshape(B, n, C))
+            q, k, v = qkv = qkv.permute(2, 0, 3, 1, 4)
+            r = cache.attend(q, qkv[1:], start)
+        else:                                                      # unbind first: its gradient is
+            q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))      # then made in place
+            r = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        return self.proj(r.transpose(1, 2).reshape(h.shape))
+
+
+@contextlib.contextmanager
+def by_columns(layers):
+    """Inside, the weights of `layers` lie in memory transposed, which changes no result but by
+    rounding: a CPU then multiplies few rows, as sampling has them, up to twice as fast."""
+    linears = [m for name, m in layers.named_modules() if isinstance(m, nn.Linear)
+               and not name.endswith('ada') and m.weight.device.type == 'cpu']
+    weights = [linear.weight.data for linear in linears]
+    try:
+        for linear, weight in zip(linears, weights):
+            linear.weight.data = weight.t().contiguous().t()
+        yield
+    finally:
+        for linear, weight in zip(linears, weights):
+            linear.weight.data = weight
 
 
 def modulate(h, shift, scale):
@@ -198,8 +218,8 @@ class Block(Transformer):
         return x.flip(1) if self.reverse else x
 
     def predict(self, x, ada, start=0, caches=None):
-        """Tokens start..start+n-1 in reading order, x (B, n, D), ada of `condition` -> mu, log_scale
-        (B, n, D) of the tokens that follow each of them"""
+        """Tokens start..start+n-1 in reading order, x (B, n, D), ada of `condition` -> mu and
+        log_scale (B, n, D) of the tokens that follow each of them"""
         return super().forward(x, ada, start, caches).chunk(2, dim=-1)
 
     def features(self, x, y, depth):
@@ -222,45 +242,55 @@ class Block(Transformer):
         """noise -> image: z (B, T, D), y (B,) -> x (B, T, D). cfg > 0 guides; with and without
         guidance's degradation then go as one batch.
 
-        x_t = mu_t(x_<t) + exp(log_scale_t(x_<t)) z_t is solved `window` tokens at a time. Within a
-        window, iterate x <- mu(x) + exp(log_scale(x)) z for all tokens at once (Jacobi): iteration i
-        makes token i exact, so as many as there are tokens are exact, and window 1 is the plain
-        token by token. It mostly converges long before: stop when no image changes by more than
-        `tol` of its norm.
+        x_t = mu_t(x_<t) + exp(log_scale_t(x_<t)) z_t is solved `window` tokens at a time: iterate
+        x <- mu(x) + exp(log_scale(x)) z for all of them at once (Jacobi). That makes the first one
+        exact, and mostly brings several near their final values. The window then moves on past the
+        first, and past those that follow it and changed by at most `tol` of their norm, in all
+        images. Window 1 is the plain token by token; so is tol 0 with any window, but slower.
         """
-        B, T, _ = z.shape
-        z, pair = self.order(z), 2 if cfg else 1
-        rule, weight = guidance.rule, torch.full((T, 1), float(cfg), device=z.device)
+        T, z, pair = z.shape[1], self.order(z), 2 if cfg else 1
+        weight = torch.full((T, 1), float(cfg), device=z.device)
         if guidance.anneal:
             weight *= torch.arange(1, T + 1, device=z.device).unsqueeze(1) / (T - 1)
         ada, caches = self.prepare(z, y, pair, guidance.tau)
-        x = z.clone()                                              # the first token stays
-        for start in range(0, T - 1, window):
-            end = min(start + window, T - 1)
-            for _ in range(end - start):
-                read = x[:, start:end].repeat(pair, 1, 1)          # (pair B, n, D)
-                mu, log_scale = self.predict(read, ada, start, caches)
+        if tol:                                                    # rounding never stands still
+            tol = max(tol, torch.finfo(caches[0].mask.dtype).eps)
+        x, start = z.clone(), 0                                    # the first token stays
+        with by_columns(self.layers):
+            while start < T - 1:
+                end = min(start + window, T - 1)
+                read, old = x[:, start:end], x[:, start + 1:end + 1]        # (B, n, D)
+                mu, log_scale = self.predict(torch.cat([read] * pair), ada, start, caches)
                 if cfg:
-                    mu, log_scale = rule(*mu.chunk(2), *log_scale.chunk(2), weight[start:end])
+                    mu, log_scale = guidance.rule(*mu.chunk(2), *log_scale.chunk(2),
+                                                  weight[start:end])
                 new = torch.addcmul(mu, torch.exp(log_scale), z[:, start + 1:end + 1])
-                old = x[:, start + 1:end + 1].clone() if tol else None
-                x[:, start + 1:end + 1] = new
-                if tol and ((new - old).norm(dim=(1, 2)) <= tol * new.norm(dim=(1, 2))).all():
-                    break
+                final = leading(new, old, tol) if tol and end - start > 1 else 1
+                old.copy_(new)
+                start += final
         return self.order(x)
 
     def prepare(self, z, y, pair, tau):
         """For a call that samples: z (B, T, D), y (B,) -> ada of `pair` x B images, empty caches"""
         (B, T, _), heads = z.shape, self.layers[0].attn.heads
-        tau_of_row = z.new_ones(pair * B, 1, 1, 1)
+        tau_of_row = None
+        like = self.proj_in(z[:1, :1])                             # carries autocast's dtype
         if pair == 2:
             other = y if tau else torch.full_like(y, self.classes.num_embeddings - 1)
             y = torch.cat([y, other])
-            tau_of_row[B:] = tau or 1.0
-        like = self.proj_in(z[:1, :1])                             # carries autocast's dtype
-        caches = [Cache(pair * B, heads, T, like.shape[-1] // heads, like, tau_of_row.to(like))
+            if tau:
+                tau_of_row = like.new_tensor([1.0] * B + [tau] * B).view(-1, 1, 1, 1)
+        mask = like.new_full((T, T), float('-inf')).triu(1)
+        caches = [Cache(pair * B, heads, like.shape[-1] // heads, mask, tau_of_row)
                   for _ in self.layers]
         return self.condition(self.embed(y)), caches
+
+
+def leading(new, old, tol):
+    """Two (B, n, D) -> how many of the first tokens differ by at most tol of their norm, in all
+    images; at least 1"""
+    same = (new - old).norm(dim=2) <= tol * new.norm(dim=2)        # (B, n)
+    return max(1, int(same.all(0).cumprod(0).sum()))
 
 
 class Flow(nn.Module):
@@ -310,12 +340,16 @@ class Flow(nn.Module):
         """z ~ N(0, I) (B, T, D), y (B,) -> x (B, T, D)
 
         cfg is w of the guidance: 0 is off. Blocks that it leaves alone still see the class. tol > 0
-        decodes in parallel, to that relative tolerance; 0 goes token by token.
+        decodes in parallel, to that relative tolerance of each block's tokens; 0 goes token by
+        token.
         """
         for block in reversed(self.blocks):
-            guided = guidance.every_block or block is self.blocks[-1]
-            window = WINDOW if tol else 1
-            z = block.inverse(z, y, cfg if guided else 0.0, guidance, window, tol)
+            deep = block is self.blocks[-1]
+            weight = cfg if deep or guidance.every_block else 0.0
+            window = WINDOW_DEEP if deep else WINDOW
+            if not tol or z.device.type == 'cpu' and len(z) * (2 if weight else 1) > FEW:
+                window = 1
+            z = block.inverse(z, y, weight, guidance, window, tol)
         return z
 
     @torch.enable_grad()
@@ -343,7 +377,12 @@ class Flow(nn.Module):
         return torch.cat(out)
 
 
-WINDOW = 16                                                        # tokens that Jacobi solves at once
+# Tokens that Jacobi solves at once: the fastest of 2, 4, ... 63 with trained nano models. The deep
+# block ties neighbours so closely that those far ahead would be worked on in vain.
+WINDOW, WINDOW_DEEP = 64, 16
+# Jacobi has several times as much to compute, so a CPU with more images than these, guided ones
+# counted twice, is faster token by token.
+FEW = 4
 
 
 # -------------------------------------------------------------------------------------- siblings

@@ -629,12 +629,13 @@ def load_model(path):
     return model, config, state['class_names']
 
 
-def check_sampling(config, gamma, guidance=''):
+def check_sampling(config, gamma, guidance='', tol=0.0):
     """UserError for what a checkpoint with this configuration can't do."""
     if guidance not in ('', *GUIDANCE):
         raise UserError(f'--guidance {guidance} must be one of: {", ".join(GUIDANCE)}')
-    if gamma and config.prior == 'sit':
-        raise UserError('--gamma needs a likelihood, which a checkpoint with --prior sit has not')
+    if config.prior == 'sit' and (gamma or tol):
+        raise UserError(f'{"--gamma" if gamma else "--decode jacobi"} needs a flow, but the '
+                        'checkpoint is a diffusion model (--prior sit)')
 
 
 # --------------------------------------------------------------------------------------- the losses

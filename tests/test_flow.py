@@ -5,8 +5,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flow import Block, Flow, guide
+import flow as flow_module
+from flow import Block, Flow, by_columns, guide
 from model import Config, PRESETS
+from sample import Options
 
 B, T, D, CLASSES = 3, 6, 4, 5
 
@@ -115,10 +117,77 @@ def inverse_slowly(block, z, y, cfg):
 
 @pytest.mark.parametrize('reverse', [False, True])
 @pytest.mark.parametrize('cfg', [0.0, 2.0])
-def test_cached_decoding_is_the_slow_one(x, y, reverse, cfg):
+@pytest.mark.parametrize('window', [1, 3, T])
+def test_cached_decoding_is_the_slow_one(x, y, reverse, cfg, window):
+    """With a window, too: nothing stops it before it has iterated as often as there are tokens, as tol is 0."""
     block = perturbed(Block(D, T, 16, 2, 2, CLASSES, reverse))
     with torch.no_grad():
-        torch.testing.assert_close(block.inverse(x, y, cfg), inverse_slowly(block, x, y, cfg), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(block.inverse(x, y, cfg, window=window), inverse_slowly(block, x, y, cfg),
+                                   rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def longer():
+    """A flow of 64 tokens, not the identity, with noise and classes of 5 images"""
+    flow = small_flow((2, 2, 4), 64, 16, width=64)
+    return flow, torch.randn(5, 64, 16, generator=torch.Generator().manual_seed(3)), torch.arange(5)
+
+
+def iterations(flow, call):
+    """How often the flow's blocks predict in call()"""
+    count = [0]
+    for block in flow.blocks:
+        def counting(*args, predict=block.predict):
+            count[0] += 1
+            return predict(*args)
+        block.predict = counting
+    call()
+    for block in flow.blocks:
+        del block.predict
+    return count[0]
+
+
+def relative_error(a, b):
+    return ((a - b).norm(dim=(1, 2)) / b.norm(dim=(1, 2))).max()
+
+
+@pytest.mark.parametrize('cfg', [0.0, 2.0])
+@pytest.mark.parametrize('tol', [Options.tol, 1e-5])
+def test_parallel_decoding_is_as_exact_as_its_tolerance(longer, monkeypatch, cfg, tol):
+    monkeypatch.setattr(flow_module, 'FEW', 100)
+    flow, z, y = longer
+    parallel = lambda: flow.sample(z, y, cfg, tol=tol)
+    assert relative_error(parallel(), flow.sample(z, y, cfg)) <= 3 * tol
+    assert iterations(flow, parallel) < 0.6 * iterations(flow, lambda: flow.sample(z, y, cfg)) == 0.6 * 3 * 63
+
+
+def test_parallel_decoding_converges_in_bfloat16(longer, monkeypatch):
+    """Where a tolerance below the rounding would be waited for in vain"""
+    monkeypatch.setattr(flow_module, 'FEW', 100)
+    flow, z, y = longer
+    parallel = lambda: flow.sample(z, y, tol=Options.tol)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert relative_error(parallel(), flow.sample(z, y)) <= 0.02
+        assert iterations(flow, parallel) < 0.6 * 3 * 63
+
+
+@pytest.mark.parametrize('few', [0, 4, 100])
+def test_parallel_decoding_of_an_image_hardly_depends_on_the_others(longer, monkeypatch, few):
+    monkeypatch.setattr(flow_module, 'FEW', few)
+    flow, z, y = longer
+    alone = torch.cat([flow.sample(z[i:i + 1], y[i:i + 1], 2.0, tol=Options.tol) for i in range(5)])
+    assert relative_error(flow.sample(z, y, 2.0, tol=Options.tol), alone) <= 6 * Options.tol
+
+
+def test_weights_by_columns_are_the_same_weights(longer):
+    layers, h = longer[0].blocks[0].layers, torch.randn(2, 1, 64, generator=torch.Generator().manual_seed(0))
+    weight = layers[0].attn.qkv.weight
+    before, stride, pointer = layers[0].attn.qkv(h), weight.stride(), weight.data_ptr()
+    with pytest.raises(KeyboardInterrupt), by_columns(layers):
+        assert weight.stride() == (1, len(weight))
+        torch.testing.assert_close(layers[0].attn.qkv(h), before)
+        raise KeyboardInterrupt
+    assert weight.stride() == stride and weight.data_ptr() == pointer
 
 
 def test_guidance_is_the_product_of_densities():

@@ -41,6 +41,18 @@ def test_two_processes_make_the_same_images(ckpt, tmp_path):
     assert np.abs(one['arr_0'].astype(int) - two['arr_0']).max() <= 1
 
 
+def test_parallel_decoding_makes_the_same_images(ckpt, tmp_path):
+    one, two = (npz(ckpt, tmp_path / 'a.npz', '--n', '3', '--cfg', '1', '--decode', how)['arr_0'].astype(int)
+                for how in ('sequential', 'jacobi'))
+    assert np.abs(one - two).max() <= 1
+
+
+def test_parallel_decoding_needs_a_flow(tmp_path):
+    train.main([*TINY, '--steps', '1', '--sample_interval', '0', '--prior', 'sit', '--out', str(tmp_path)])
+    with pytest.raises(UserError, match='--decode jacobi'):
+        sample.main(['--ckpt', str(tmp_path / 'ckpt.pt'), '--decode', 'jacobi'])
+
+
 def test_seeds_and_classes(ckpt, tmp_path):
     a, b = [npz(ckpt, tmp_path / 'a.npz', '--n', '4', '--seed', seed)['arr_0'] for seed in ('1', '2')]
     assert not np.array_equal(a, b)
@@ -72,7 +84,7 @@ def test_classes_by_name_or_number():
 
 @pytest.mark.parametrize('argv, word', [
     (['--n', '0'], '--n'), (['--cfg', '-1'], '--cfg'), (['--out', 'a.jpg'], '--out'), (['--gama', '1'], '--gama'),
-    (['--batch_size', '0'], '--batch_size')])
+    (['--batch_size', '0'], '--batch_size'), (['--decode', 'fast'], '--decode'), (['--tol', '0'], '--tol')])
 def test_mistakes(ckpt, argv, word):
     with pytest.raises(UserError, match=word):
         sample.main(['--ckpt', ckpt, *argv])

@@ -1,0 +1,46 @@
+"""The peer that the benchmark measures against computes the same, from the same parameters."""
+import pytest
+import torch
+
+from flow import Flow
+from tarflow_plain import TARFlow
+from test_flow import perturbed
+
+B, T, D, CLASSES = 3, 16, 4, 5
+
+
+@pytest.fixture
+def pair():
+    torch.manual_seed(0)
+    ours = perturbed(Flow(D, T, 16, 2, (2, 2, 2), CLASSES))
+    peer = TARFlow(D, T, 16, 2, blocks=3, layers=2, classes=CLASSES)
+    peer.load_state_dict(ours.state_dict())                        # strict: the same names and shapes
+    return ours, peer
+
+
+@pytest.fixture
+def x():
+    return torch.randn(B, T, D, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture
+def y():
+    return torch.tensor([0, 3, CLASSES])
+
+
+def test_the_peer_has_our_parameters(pair):
+    ours, peer = (sum(p.numel() for p in flow.parameters()) for flow in pair)
+    assert ours == peer
+
+
+def test_the_peer_is_the_same_function(pair, x, y):
+    (z, logdet), (z_peer, logdet_peer) = (flow(x, y) for flow in pair)
+    torch.testing.assert_close(z_peer, z, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logdet_peer, logdet, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('cfg', [0.0, 2.0])
+def test_the_peer_draws_the_same_samples(pair, x, y, cfg):
+    ours, peer = (flow.sample(x, y, cfg) for flow in pair)
+    torch.testing.assert_close(peer, ours, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(ours, x, atol=0.1)
