@@ -312,7 +312,7 @@ class Flow(nn.Module):
             for i, n in enumerate(layers))
 
     def trace(self, x, y):
-        """x (B, T, D), y (B,) -> z (B, T, D), logdet (B,) and the input of every block, (B, T, D)"""
+        """x (B, T, D), y (B,) -> z (B, T, D), logdet (B,), and every block's input (B, T, D)"""
         logdet, inputs = x.new_zeros(len(x), dtype=torch.float32), []
         for block in self.blocks:
             inputs.append(x)
