@@ -50,6 +50,7 @@ CONVENTIONS = {
     'SSIM': "RGB, gaussian 11 x 11, sigma 1.5, population covariance, torchmetrics' reflect padding",
     'LPIPS': 'v0.1, VGG16',
     'rate': 'KL(q(x | image) || p(x)), bits a latent dimension; of dequantised pixels: bits a dimension',
+    'centred': 'accuracy of the scores less their mean over the n images: fair if classes are equally frequent',
     'ELBO': 'negative, bits a pixel value, lower is better: rate + distortion at --decoder_std'}
 
 
@@ -682,26 +683,30 @@ class Evaluation:
         return rows
 
     def classify_rows(self):
-        """Tell the classes of --classify's images apart by p(x | class), in two ways."""
+        """Tell the classes of --classify's images apart by p(x | class), in two ways. The gradient's scores
+        have a part that is the same for all images; `centred` is without."""
         data, index = self.open(self.o.classify, self.o.n)
         if not data.class_names or data.class_names != self.class_names or self.config.prior == 'sit':
             raise UserError(f'--classify {self.o.classify} must have the classes that the checkpoint was '
                             'trained with, by the same names, and that a flow')
-        seconds = dict.fromkeys(CLASSIFIERS, 0.0)
+        seconds, seen, labels = dict.fromkeys(CLASSIFIERS, 0.0), [], []
 
         def batches():
             for _, (_, _, y, x, *_) in self.encode(data, index):
-                right = {}
+                seen.append({})
+                labels.append(y.cpu())
                 for name, classify in CLASSIFIERS.items():
                     start = time.perf_counter()
                     with self.place.autocast():
-                        right[name] = (classify(self.model.flow, x) == y).cpu()      # waits for the device
+                        seen[-1][name] = classify(self.model.flow, x).cpu()          # waits for the device
                     seconds[name] += time.perf_counter() - start
-                yield right
+                yield seen[-1]
 
-        accuracy, n = self.means(batches(), len(index)), len(index)
-        return [{'classifier': name, 'n': n, 'accuracy': accuracy[name].item(),
-                 'ms an image': 1000 * seconds[name] * self.place.world / n} for name in CLASSIFIERS]
+        n, mean = len(index), self.means(batches(), len(index))    # name -> (classes,)
+        right = self.means(({(name, less): (scores[name] - less * mean[name]).argmax(1) == y
+                             for name in CLASSIFIERS for less in (0, 1)} for scores, y in zip(seen, labels)), n)
+        return [{'classifier': name, 'n': n, 'accuracy': right[name, 0].item(),
+                 'centred': right[name, 1].item(), 'ms an image': 1000 * seconds[name] * self.place.world / n} for name in CLASSIFIERS]
 
     def latent_rows(self):
         """Statistics of mu, and process 0's pictures of the latent space.
@@ -752,7 +757,7 @@ class Evaluation:
 
 
 def by_gradient(flow, x):
-    """The training-free classifier of Flowing Backwards (Chen et al. 2025): x (B, T, D) -> classes (B,)
+    """The training-free classifier of Flowing Backwards (Chen et al. 2025): x (B, T, D) -> scores (B, classes)
 
     In every block the class embedding is softmax(l) @ E, at l = 0 the mean of all; the answer is the logit
     that log p(x | l) would raise most. One forward, one backward, whatever the number of classes.
@@ -760,13 +765,13 @@ def by_gradient(flow, x):
     with torch.enable_grad():
         logits = x.new_zeros(len(x), flow.null_class, requires_grad=True)
         log_p = flow.log_prob(*flow(x, logits.softmax(1)))
-        return torch.autograd.grad(log_p.sum(), logits)[0].argmax(1)
+        return torch.autograd.grad(log_p.sum(), logits)[0]
 
 
 def by_likelihood(flow, x):
-    """Bayes' rule with equal priors, one forward a class: x (B, T, D) -> classes (B,)"""
-    return torch.stack([flow.nll(x, torch.full((len(x),), c, device=x.device))
-                        for c in range(flow.null_class)]).argmin(0)
+    """Bayes' rule with equal priors, one forward a class: x (B, T, D) -> scores (B, classes)"""
+    return torch.stack([-flow.nll(x, torch.full((len(x),), c, device=x.device))
+                        for c in range(flow.null_class)], dim=1)
 
 
 CLASSIFIERS = {'gradient at softmax(0)': by_gradient, 'largest likelihood': by_likelihood}
