@@ -706,7 +706,8 @@ class Evaluation:
         right = self.means(({(name, less): (scores[name] - less * mean[name]).argmax(1) == y
                              for name in CLASSIFIERS for less in (0, 1)} for scores, y in zip(seen, labels)), n)
         return [{'classifier': name, 'n': n, 'accuracy': right[name, 0].item(),
-                 'centred': right[name, 1].item(), 'ms an image': 1000 * seconds[name] * self.place.world / n} for name in CLASSIFIERS]
+                 'centred': right[name, 1].item(), 'ms an image': 1000 * seconds[name] * self.place.world / n}
+                for name in CLASSIFIERS]
 
     def latent_rows(self):
         """Statistics of mu, and process 0's pictures of the latent space.
