@@ -50,7 +50,7 @@ CONVENTIONS = {
     'SSIM': "RGB, gaussian 11 x 11, sigma 1.5, population covariance, torchmetrics' reflect padding",
     'LPIPS': 'v0.1, VGG16',
     'rate': 'KL(q(x | image) || p(x)), bits a latent dimension; of dequantised pixels: bits a dimension',
-    'centred': 'accuracy of the scores less their mean over the n images: fair if classes are equally frequent',
+    'centred': 'accuracy of scores less their mean over the n images: fair if classes are equally frequent',
     'ELBO': 'negative, bits a pixel value, lower is better: rate + distortion at --decoder_std'}
 
 
@@ -77,15 +77,18 @@ class Options:
     batch_size: int = option(50, 'images at once, a process')
     out: str = option('', 'directory for pictures; default: where --ckpt is')
     device: str = option('', 'cuda, mps, cpu; default: the best there is')
-    dtype: str = option('', 'of the checkpoint: float32, bfloat16; default: bfloat16 on GPUs that have it')
+    dtype: str = option('', 'of the checkpoint: float32, bfloat16; default: as it was trained')
 
     def check(self):
         """Raise UserError for what can't be done."""
-        guided = any(self.cfg) or any(self.gamma)
+        guided = any(self.cfg) or any(self.gamma) or self.guidance
+        tasks = [bool(self.reconstruct or self.latents), bool(self.classify), bool(guided)]
         for fine, sentence in (
                 (bool(self.samples) != bool(self.ckpt), 'name either samples to measure, or a --ckpt'),
                 (self.ckpt or not (self.reconstruct or self.latents or self.classify or guided),
-                 '--reconstruct, --latents, --classify, --cfg and --gamma need a --ckpt'),
+                 '--reconstruct, --latents, --classify, --cfg, --gamma and --guidance need a --ckpt'),
+                (sum(tasks) < 2, '--reconstruct or --latents, --classify, and sampling with --cfg, --gamma '
+                 'or --guidance are three runs: ask for one at a time'),
                 (self.ref or self.reconstruct or self.latents or self.classify,
                  '--ref is missing, the images to compare with: a folder, a zip, an npz or a data set'),
                 (self.features in ('inception', 'random'),
@@ -501,12 +504,15 @@ class Evaluation:
     """What a run's steps share. All processes call the same methods; rows of the table are process 0's."""
 
     def __init__(self, options):
-        self.o, self.place = options, find_place(options.device, options.dtype)
+        self.o, dtype = options, options.dtype
         torch.backends.cudnn.allow_tf32 = False                    # Inception in full float32
         if options.ckpt:
             self.model, self.config, self.class_names = load_model(options.ckpt)
-            self.model.to(self.place.device)
             check_sampling(self.config, any(options.gamma), options.guidance)
+            dtype = dtype or self.config.dtype
+        self.place = find_place(options.device, dtype)
+        if options.ckpt:
+            self.model.to(self.place.device)
         if not options.latents and not options.classify:
             self.net, self.weights = load_inception(options.features, options.weights)
             self.net.to(self.place.device, memory_format=torch.channels_last)
@@ -667,9 +673,10 @@ class Evaluation:
                         a, b = [(2 * t - 1).to(image.device) for t in (a, b)]
                         values[name, 'LPIPS'] = lpips(a, b).flatten()
                     if latents is x and exact:
+                        values[name, 'rate'] = rate
+                    if latents is x and exact and self.config.codec != 'pixels':     # which decode exactly
                         bits = distortion(image, recon, self.o.decoder_std)
-                        elbo = rate * x[0].numel() / image[0].numel() + bits
-                        values |= {(name, 'rate'): rate, (name, 'ELBO'): elbo}
+                        values[name, 'ELBO'] = rate * x[0].numel() / image[0].numel() + bits
                     statistics[name].add(k, to_uint8(recon))
                 yield values
 
@@ -686,9 +693,11 @@ class Evaluation:
         """Tell the classes of --classify's images apart by p(x | class), in two ways. The gradient's scores
         have a part that is the same for all images; `centred` is without."""
         data, index = self.open(self.o.classify, self.o.n)
-        if not data.class_names or data.class_names != self.class_names or self.config.prior == 'sit':
+        if not data.class_names or data.class_names != self.class_names:
             raise UserError(f'--classify {self.o.classify} must have the classes that the checkpoint was '
-                            'trained with, by the same names, and that a flow')
+                            'trained with, by the same names')
+        if self.config.prior == 'sit' or not self.config.layers:
+            raise UserError(f'--classify needs a flow, and {self.o.ckpt} has none')
         seconds, seen, labels = dict.fromkeys(CLASSIFIERS, 0.0), [], []
 
         def batches():
@@ -703,8 +712,9 @@ class Evaluation:
                 yield seen[-1]
 
         n, mean = len(index), self.means(batches(), len(index))    # name -> (classes,)
-        right = self.means(({(name, less): (scores[name] - less * mean[name]).argmax(1) == y
-                             for name in CLASSIFIERS for less in (0, 1)} for scores, y in zip(seen, labels)), n)
+        answers = ({(name, less): (scores[name] - less * mean[name]).argmax(1) == y
+                    for name in CLASSIFIERS for less in (0, 1)} for scores, y in zip(seen, labels))
+        right = self.means(answers, n)
         return [{'classifier': name, 'n': n, 'accuracy': right[name, 0].item(),
                  'centred': right[name, 1].item(), 'ms an image': 1000 * seconds[name] * self.place.world / n}
                 for name in CLASSIFIERS]
@@ -758,7 +768,7 @@ class Evaluation:
 
 
 def by_gradient(flow, x):
-    """The training-free classifier of Flowing Backwards (Chen et al. 2025): x (B, T, D) -> scores (B, classes)
+    """Flowing Backwards' training-free classifier (Chen et al. 2025): x (B, T, D) -> scores (B, classes)
 
     In every block the class embedding is softmax(l) @ E, at l = 0 the mean of all; the answer is the logit
     that log p(x | l) would raise most. One forward, one backward, whatever the number of classes.

@@ -397,18 +397,28 @@ class VPBlock(Block):
 
 class VPFlow(Flow):
     """TARFlow's ablation without scales. No layer can make z have variance 1, so its mean square at
-    every (t, d) is tracked (rate 0.1) while training, and sampling starts from it."""
+    every (t, d) is tracked (rate 0.1) while training, and sampling starts from it. Likelihood and
+    score stay those of N(0, I), which it is trained with."""
     Block = VPBlock
 
     def __init__(self, dim, tokens, width, heads, layers, classes):
         super().__init__(dim, tokens, width, heads, layers, classes)
         self.register_buffer('variance', torch.ones(tokens, dim))
+        self.squares = []                                          # of a step's micro-batches
 
     def trace(self, x, y):
         z, logdet, inputs = super().trace(x, y)
         if self.training:
-            self.variance.lerp_(z.detach().square().mean(0), 0.1)
+            self.squares.append(z.detach().square().mean(0))
         return z, logdet, inputs
+
+    def track(self, mean, failed):
+        """End a training step; mean: in place, over processes. One that failed (1) is left out."""
+        square = torch.stack(self.squares).mean(0)
+        self.squares.clear()
+        mean(square)
+        self.variance.copy_(torch.where(failed > 0, self.variance,
+                                        self.variance.lerp(square, 0.1)))
 
     def sample(self, z, y, cfg=0.0, guidance=GUIDANCE['starflow'], tol=0.0):
         return super().sample(z * self.variance.sqrt(), y, cfg, guidance, tol)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import math
 import os
 import pickle
+import struct
 import sys
 import typing
 from typing import NamedTuple
@@ -134,7 +135,8 @@ class Config:
 
         for name, table in TABLES.items():
             value = getattr(self, name)
-            require(value in table, f'--{name} {value} must be one of: {", ".join(table)}')
+            require(value in table, f'--{name} {value} must be one of: '
+                    f'{", ".join(row or "(nothing)" for row in table)}')
         for name in ('layers', 'vae_mults'):
             require(all(n > 0 for n in getattr(self, name)),
                     f'--{name} must be positive integers, such as 2,2,6')
@@ -164,9 +166,15 @@ class Config:
 
     def check_system(self, require):
         """The same, for what only some presets use."""
+        require(self.codec != 'pixels' or len(self.vae_mults) == 1,
+                '--codec pixels cuts patches of --vae_patch once: --vae_mults 1')
         require(self.codec != 'pixels' or self.latent_dim in (self.vae_patch ** 2,
                                                               3 * self.vae_patch ** 2),
                 f'--latent_dim {self.latent_dim} must be --vae_patch^2 times 3, or 1 for grey')
+        require(self.layers or self.prior != 'sit' and self.codec != 'pixels'
+                and self.freeze != 'vae', '--layers must name some: nothing else would be trained')
+        require(not self.denoise or self.noise == 'additive' and self.codec != 'learned',
+                '--denoise is for --noise additive of a constant --sigma')
         require(self.codec != 'pixels' or self.gan == self.lpips == 0 and not self.freeze,
                 '--codec pixels has nothing to learn: leave --gan, --lpips and --freeze at 0')
         require(self.noise == 'additive' or self.codec != 'learned',
@@ -175,8 +183,8 @@ class Config:
                 f'--noise {self.noise} needs a --sigma of at most 1, not {self.sigma}')
         require(not self.freeze or self.init, f'--freeze {self.freeze} needs --init, a checkpoint '
                 "of the VAE, such as python train.py --model vae's")
-        require(not (self.freeze == 'vae' and self.gan),
-                '--freeze vae leaves the adversarial loss nobody to teach: add --gan 0')
+        require(not (self.freeze == 'vae' and (self.gan or self.lpips)),
+                '--freeze vae leaves --gan and --lpips nobody to teach: set both to 0')
         require(self.prior != 'sit' or not self.align and not self.denoise,
                 '--align and --denoise need a flow, not --prior sit')
         require(not self.align or self.repa_block <= len(self.layers)
@@ -599,19 +607,20 @@ def grid(images, columns):
 
 
 # What torch.load, or a look inside, raises on files that are not what they should be.
-DAMAGED = OSError, RuntimeError, EOFError, LookupError, TypeError, pickle.UnpicklingError
+DAMAGED = (OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, struct.error,
+           pickle.UnpicklingError)
 
 
-def load_checkpoint(path, mmap=False):
-    """-> the dictionary that train.py saved, on the CPU. UserError if it is not one. With mmap, its
-    tensors stay in the file until they are used."""
+def load_checkpoint(path, option='--ckpt', mmap=False):
+    """-> the dictionary that train.py saved, on the CPU. UserError if it is not one; option: what
+    named it. With mmap, its tensors stay in the file until they are used."""
     try:
         state = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
-        state['config'], state['class_names'], state['step']
+        state['config'], state['class_names'], state['step'], state['ema']
         return state
     except FileNotFoundError:
         raise UserError(f'there is no checkpoint {path}; train one with `python train.py`, or name '
-                        'one with --ckpt')
+                        f'one with {option}')
     except DAMAGED as e:
         raise UserError(f'{path} is not a checkpoint of train.py, or is damaged '
                         f'({type(e).__name__})')
@@ -633,9 +642,10 @@ def check_sampling(config, gamma, guidance='', tol=0.0):
     """UserError for what a checkpoint with this configuration can't do."""
     if guidance not in ('', *GUIDANCE):
         raise UserError(f'--guidance {guidance} must be one of: {", ".join(GUIDANCE)}')
-    if config.prior == 'sit' and (gamma or tol):
-        raise UserError(f'{"--gamma" if gamma else "--decode jacobi"} needs a flow, but the '
-                        'checkpoint is a diffusion model (--prior sit)')
+    asked = {'--gamma': gamma, '--decode jacobi': tol, '--guidance': guidance}
+    if config.prior == 'sit' and any(asked.values()):
+        raise UserError(f'{" and ".join(name for name in asked if asked[name])}: needs a flow, but '
+                        'the checkpoint is a diffusion model (--prior sit)')
 
 
 # --------------------------------------------------------------------------------------- the losses
@@ -858,9 +868,25 @@ def load_exported(path):
     return net
 
 
-def load_teacher(path, side):
-    """-> a network for side x side tokens: 'random', 'dinov2' (ViT-B/14, downloaded once), a file
-    of Meta's for ViT-S, B or L, or any other network in a .pt2. UserError if it can't be had."""
+def load_teacher(path, tokens, image_size):
+    """-> a network for a square of tokens: 'random', 'dinov2' (ViT-B/14, downloaded once), a file
+    of Meta's for ViT-S, B or L, or any other network in a .pt2. UserError if it can't be had, or
+    does not answer images with tokens."""
+    net = read_teacher(path, math.isqrt(tokens))
+    try:
+        with torch.no_grad():
+            shape = tuple(net(torch.zeros(3, 3, image_size, image_size)).shape)
+    except Exception as e:                                         # of someone else's network
+        shape = type(e).__name__
+    if shape != (3, tokens, net.width):
+        raise UserError(f'--repa {path} must turn 3 images of {image_size} pixels into (3, '
+                        f'{tokens}, channels), but answers {shape}; export it for this size and '
+                        'any batch')
+    return net
+
+
+def read_teacher(path, side):
+    """-> the network of load_teacher, for side x side tokens. UserError if it can't be had."""
     if path == 'random':
         return random_teacher(side)
     if path == 'dinov2':

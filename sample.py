@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from data import UserError, cli
+from flow import FEW
 from model import (check_sampling, find_place, grid, load_model, option, parse_options,
                    sample_images)
 
@@ -128,6 +129,10 @@ def main(argv):
     labels = chosen[torch.arange(options.n) % len(chosen)]
     batches = sample_images(model.to(place.device), labels, options.seed, place, options.batch_size,
                             options.cfg, options.gamma, guidance=options.guidance, tol=tol)
+    at_once = min(options.n, options.batch_size) * (2 if options.cfg else 1)
+    if tol and place.device.type == 'cpu' and at_once > FEW:
+        place.print(f'--decode jacobi: with more than {FEW} images at once, guided ones counted '
+                    'twice, token by token is faster on a CPU, and used where that is so')
     images = []
     with tqdm(total=options.n, unit=' images', disable=place.rank > 0 or None) as bar:
         for batch in batches:

@@ -39,8 +39,10 @@ from model import (LPIPS, PRESETS, PRIOR, RECON, TRAIN, Aligned, Config, DINOv2,
 
 # Resuming with another value of these would not be the same run.
 FIXED = ('image_size codec latent_dim vae_width vae_mults vae_patch latent_norm sigma noise prior '
-         'width heads layers freeze align repa repa_block repa_layer repa_width gan_width '
-         'gan_layers batch_size seed').split()
+         'width heads layers freeze align repa_block repa_layer repa_width gan_width gan_layers '
+         'batch_size seed').split()
+# What makes a codec: the same for --init.
+CODEC = 'codec latent_dim latent_norm vae_width vae_mults vae_patch'.split()
 # Dense bf16 FLOP/s, for the column mfu of the log.
 PEAK = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12, 'L40S': 362e12, '4090': 165e12}
 
@@ -88,9 +90,10 @@ class Trainer:
         self.names = ['loss', 'l1', 'l2', 'nll', 'entropy', 'mu_std', 'grad_norm', 'replaced']
         kind, more = SimFlow, []
         if config.align:
-            teacher = teacher or place.first(
-                lambda: load_teacher(config.repa, math.isqrt(config.tokens)))
-            self.teacher = teacher.to(place.device)
+            load = lambda: load_teacher(config.repa, config.tokens, config.image_size)
+            if not teacher:
+                place.first(lambda: load() and None)               # one process downloads
+            self.teacher = (teacher or load()).to(place.device)
             self.names.append('align')
             kind, more = Aligned, [self.teacher.width]
         torch.manual_seed(config.seed)                             # one start on every process
@@ -126,7 +129,8 @@ class Trainer:
         torch._dynamo.config.optimize_ddp = False
         layers = [m for m in self.model.flow.modules() if isinstance(m, Layer)]
         for part in [self.model.vae.encoder, self.model.vae.decoder, *layers]:
-            part.compile(fullgraph=True)
+            if any(True for _ in part.parameters()):               # cutting patches is no work
+                part.compile(fullgraph=True)
 
     def sync(self, last):
         """Context of a micro-batch, forward and backward: gradients travel with the last one."""
@@ -238,6 +242,8 @@ class Trainer:
         weight = (1 - ema_decay(c, self.step)) * (1 - failed)
         ema, now = list(self.ema.parameters()), list(self.model.parameters())
         torch._foreach_lerp_(ema, now, [weight] * len(now))
+        if c.prior == 'vp':
+            self.model.flow.track(self.place.mean, failed)
         for average, value in zip(self.ema.buffers(), self.model.buffers()):
             average.copy_(value)                                   # running means already
         self.totals = torch.where(failed > 0, self.totals, self.totals + values)
@@ -259,21 +265,23 @@ class Trainer:
         self.totals, self.count = torch.zeros_like(self.totals), 0
         return values
 
-    def start_from(self, weights):
-        """Take the codec of a state dictionary and, if it has one of the same shape, the prior -> a
-        sentence that says what was taken. UserError if the codec is another."""
-        for model in (self.model, self.ema):
-            taken = []
-            for part in ('vae', 'flow'):
-                own = getattr(model, part).state_dict()
-                new = {name: weights.get(f'{part}.{name}') for name in own}
-                if all(v is not None and v.shape == own[name].shape for name, v in new.items()):
+    def start_from(self, state):
+        """Take the averaged weights of a checkpoint's codec and, if it has one of the same kind and
+        shape, prior -> a sentence that says what was taken. UserError if the codec is another."""
+        was, taken = dataclasses.asdict(Config()) | state['config'], []
+        now = dataclasses.asdict(self.config)
+        differs = [f'--{k} {show(was[k])}' for k in CODEC if was[k] != now[k]]
+        if differs:
+            raise UserError(f'--init {self.config.init} was trained with {", ".join(differs)}; use '
+                            'that, too, or another checkpoint')
+        for part in ['vae'] + ['flow'] * (was['prior'] == now['prior']):
+            own = getattr(self.model, part).state_dict()
+            new = {name: state['ema'].get(f'{part}.{name}') for name in own}
+            if own and all(v is not None and v.shape == own[k].shape for k, v in new.items()):
+                for model in (self.model, self.ema):
                     getattr(model, part).load_state_dict(new)
-                    taken.append(part)
-        if 'vae' not in taken:
-            raise UserError(f'--init {self.config.init} has another VAE: --codec, --latent_dim, '
-                            '--vae_width, --vae_mults, --vae_patch must be as it was trained with')
-        return f'starting from {self.config.init}: {" and ".join(taken)}'
+                taken.append(part)
+        return f'starting from {self.config.init}: {" and ".join(taken) or "nothing"}'
 
     def state(self):
         """Tensors and plain containers only."""
@@ -332,8 +340,9 @@ def resume(trainer, data):
     refuse = (f'{path} was trained with %s; use those settings to go on with it, or another --out '
               'for a new run')
     now = dataclasses.asdict(trainer.config)
-    was = now | saved['config']                                    # which may lack a newer option
-    differs = [f'--{k} {show(was[k])} (now {show(now[k])})' for k in FIXED if was[k] != now[k]]
+    was = dataclasses.asdict(Config()) | saved['config']           # which may lack a newer option
+    fixed = [k for k in FIXED if now['align'] or not k.startswith('repa')]
+    differs = [f'--{k} {show(was[k])} (now {show(now[k])})' for k in fixed if was[k] != now[k]]
     if differs:
         raise UserError(refuse % ', '.join(differs))
     if saved['class_names'] != data.class_names:
@@ -342,7 +351,8 @@ def resume(trainer, data):
     if ('disc' in saved) != bool(trainer.config.gan):
         raise UserError(refuse % f'--gan {was["gan"]}')
     trainer.load(saved)
-    changed = [f', --{k} {show(was[k])} -> {show(v)}' for k, v in now.items() if was[k] != v]
+    changed = [f', --{k} {show(was[k])} -> {show(v)}' for k, v in now.items()
+               if was[k] != v and k != 'init']                     # long done with
     trainer.place.print(f'resuming {path} at step {trainer.step}' + ''.join(changed))
 
 
@@ -603,7 +613,7 @@ def train(config, data, place):
     last = min(steps, config.stop_at or steps)
     trainer = Trainer(config, len(data.class_names), place)
     if config.init and not os.path.exists(os.path.join(config.out, 'ckpt.pt')):
-        place.print(trainer.start_from(load_checkpoint(config.init)['ema']))
+        place.print(trainer.start_from(load_checkpoint(config.init, '--init')))
     resume(trainer, data)
     columns = ['step', *trainer.names, 'lr', *TIMING]
     log = place.rank == 0 and Log(os.path.join(config.out, 'log.csv'), columns, trainer.step)

@@ -163,7 +163,7 @@ class LearnedVAE(VAE):
 
 class Pixels(nn.Module):
     """TARFlow's codec, which learns nothing: a token is a patch of pixels, channel by channel.
-    latent_dim / patch^2 is 3, or 1 for grey images, whose three channels are the same."""
+    latent_dim / patch^2 is 3, or 1 for grey images: the mean of the three channels."""
 
     def __init__(self, patch, latent_dim, sigma):
         super().__init__()
@@ -172,7 +172,8 @@ class Pixels(nn.Module):
 
     def encode(self, image):
         """(B, 3, H, W) in [-1, 1] -> mu (B, T, D) in [-1, 1], sigma"""
-        return to_tokens(self.encoder(image[:, :self.channels])), self.sigma
+        image = image if self.channels == 3 else image.mean(1, keepdim=True)
+        return to_tokens(self.encoder(image)), self.sigma
 
     def decode(self, x):
         """(B, T, D) -> (B, 3, H, W)"""

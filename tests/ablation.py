@@ -96,8 +96,9 @@ def measure(path, held_out, n=500):
     x, mu, sigma = model.latents(image, noise)
     nll = torch.cat([model.flow.nll(*part) for part in zip(x.split(50), y.split(50))])
     clean = model.noise.add(mu, sigma, torch.zeros_like(noise))
-    row = {'std': mu.std(0).mean().item(), 'nll': nll.mean().item(),
-           'rate': model.rate(nll, sigma).mean().item() / np.log(2)}
+    row = {'std': mu.std(0).mean().item(), 'nll': nll.mean().item(), 'rate': np.nan}
+    if config.prior != 'sit':                                      # whose nll is none
+        row['rate'] = model.rate(nll, sigma).mean().item() / np.log(2)
     for name, latents in ('PSNR', x), ('PSNR mu', clean):
         recon = torch.from_numpy(np.concatenate([to_uint8(model.vae.decode(part)) for part in latents.split(50)]))
         error = from_uint8(recon.permute(0, 3, 1, 2)) - image
@@ -137,7 +138,7 @@ def histogram_bits(train_zip, held_out, n=10_000):
     def read(path, count):
         data = open_data(path)
         index = np.random.default_rng(0).permutation(len(data))[:count]
-        return np.stack([np.asarray(data.load(i).convert('L')).ravel() for i in index])
+        return np.stack([np.asarray(data.load(i).convert('RGB'))[..., 0].ravel() for i in index])   # grey: all the same
     known, new = read(train_zip, n), read(held_out, 500)
     counts = np.stack([np.bincount(pixel, minlength=256) for pixel in known.T]) + 1.0          # (pixels, 256)
     p = counts / counts.sum(1, keepdims=True)

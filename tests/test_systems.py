@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from data import UserError
-from flow import GUIDANCE, SiT, VPFlow, extrapolate
+from flow import GUIDANCE, Flow, SiT, VPFlow, extrapolate
 from model import NOISE, PRESETS, Aligned, Config, SimFlow, alignment, generative_pass, load_model
+import sample
 from test_flow import B, CLASSES, D, T, perturbed, small_flow
+from test_train import read_log, same
 import train
 from vae import Pixels
 
@@ -113,17 +115,26 @@ def test_frozen_parts_are_those_of_stage_one(tmp_path, preset, stage_one, still,
     assert two['model']['flow.blocks.0.proj_out.weight'].abs().sum() > 0
 
 
-def test_init_takes_a_whole_model_or_refuses(tmp_path):
-    train.main([*options('nano', steps=2, sample_interval=0), '--out', str(tmp_path / 'one')])
+def test_init_takes_a_whole_model_or_refuses(tmp_path, capsys):
+    big = dict(lr=0.1, lr_end=0.1, warmup=0, sample_interval=0)              # moves far in a few steps
+    train.main([*options('nano', steps=3, **big), '--out', str(tmp_path / 'one')])
     start = ['--init', str(tmp_path / 'one' / 'ckpt.pt'), '--out', str(tmp_path / 'two')]
-    train.main([*options('nano', steps=1, sample_interval=0, lr=1e-12, lr_end=0.0), *start])
+    train.main([*options('nano', steps=1, lr=1e-12, lr_end=0.0, sample_interval=0), *start])
+    assert 'one/ckpt.pt: vae and flow' in capsys.readouterr().out
     one, two = load_model(tmp_path / 'one' / 'ckpt.pt')[0], load_model(tmp_path / 'two' / 'ckpt.pt')[0]
     for a, b in zip(one.parameters(), two.parameters()):
         torch.testing.assert_close(a, b)
-    with pytest.raises(UserError, match='--vae_width'):
-        train.main([*options('nano', steps=1, vae_width=16), *start[:3], str(tmp_path / 'three')])
+    for preset, more, word in [('nano', dict(vae_width=16), '--vae_width 8'), ('no_norm', {}, '--latent_norm True'),
+                               ('tarflow', {}, '--codec vae')]:
+        with pytest.raises(UserError, match=word):
+            train.main([*options(preset, steps=1, **more), *start[:3], str(tmp_path / 'three')])
+    train.main([*options('vae', steps=1, sample_interval=0), *start[:3], str(tmp_path / 'four')])
+    assert 'ckpt.pt: vae\n' in capsys.readouterr().out                        # a VAE alone has no prior to take
     with pytest.raises(UserError, match='--init'):
         train.main(options('frozen'))
+    (tmp_path / 'bad.pt').write_bytes(b'\0\0\0\0')
+    with pytest.raises(UserError, match='bad.pt'):
+        train.main([*options('nano'), '--init', str(tmp_path / 'bad.pt'), '--out', str(tmp_path / 'five')])
 
 
 # ----------------------------------------------------------------------------------------------------------------- pixels
@@ -133,9 +144,10 @@ def test_patches_are_a_bijection(channels):
     codec = Pixels(patch=4, latent_dim=16 * channels, sigma=0.05)
     image = torch.randn(2, channels, 8, 8).expand(-1, 3, -1, -1)
     x, sigma = codec.encode(image)
-    assert x.shape == (2, 4, 16 * channels) and sigma == 0.05 and torch.equal(codec.decode(x), image)
+    assert x.shape == (2, 4, 16 * channels) and sigma == 0.05
+    torch.testing.assert_close(codec.decode(x), image)
     token = image[0, :channels, :4, 4:]                                      # row 0, column 1: the second token
-    assert torch.equal(x[0, 1].sort().values, token.flatten().sort().values)
+    torch.testing.assert_close(x[0, 1].sort().values, token.flatten().sort().values)
 
 
 def test_denoising_is_tweedies():
@@ -143,6 +155,25 @@ def test_denoising_is_tweedies():
     model = SimFlow(config('tarflow', sigma=0.5), 3)
     noise, y = 0.3 * torch.randn(2, 16, 48), torch.zeros(2).long()
     torch.testing.assert_close(model.generate(y, noise), model.vae.decode(0.75 * noise).clamp(-1, 1))
+
+
+def test_denoising_knows_the_class(monkeypatch):
+    model, asked = SimFlow(config('tarflow'), 3), []
+    monkeypatch.setattr(model.flow, 'score_step', lambda x, terms, micro_batch: asked.extend(terms) or x)
+    model.generate(torch.tensor([1, 2]), torch.randn(2, 16, 48))
+    (weight, y), = asked
+    assert weight == 0.05 ** 2 and y.tolist() == [1, 2]
+
+
+def test_guidance_is_the_presets_unless_another_is_asked_for(monkeypatch, tmp_path):
+    train.main([*options('tarflow', steps=1, sample_interval=0), '--out', str(tmp_path)])
+    asked = []
+    monkeypatch.setattr(Flow, 'sample', lambda self, z, y, cfg, guidance, tol: asked.append(guidance) or z)
+    for argv in ([], ['--guidance', 'tarflow_tau']):
+        sample.main(['--ckpt', str(tmp_path / 'ckpt.pt'), '--n', '1', '--cfg', '1', *argv])
+    assert asked == [GUIDANCE['tarflow'], GUIDANCE['tarflow_tau']]
+    with pytest.raises(UserError, match='--guidance'):
+        sample.main(['--ckpt', str(tmp_path / 'ckpt.pt'), '--guidance', 'tarflo'])
 
 
 def guided_slowly(flow, z, y, cfg, guidance):
@@ -207,9 +238,17 @@ def test_volume_preserving():
     flow(x, y)
     assert torch.equal(flow.variance, torch.ones(T, D))                      # not while evaluating
     flow.train()
-    for _ in range(60):
-        flow(x, y)
     square = flow(x, y)[0].square().mean(0)
+    flow(2 * x, y)                                                           # a second micro-batch
+    both, start = torch.stack(flow.squares).mean(0), flow.variance.clone()
+    flow.track(lambda values: None, torch.tensor(1.0))                       # of a step that failed
+    assert torch.equal(flow.variance, start)
+    flow.squares += [both]
+    flow.track(lambda values: None, torch.tensor(0.0))
+    torch.testing.assert_close(flow.variance, 0.9 * start + 0.1 * both)      # once a step
+    for _ in range(80):
+        flow(x, y)
+        flow.track(lambda values: None, torch.tensor(0.0))
     torch.testing.assert_close(flow.variance, square, rtol=0.01, atol=0.01)
     torch.testing.assert_close(flow.sample(flow(x, y)[0] / flow.variance.sqrt(), y), x, rtol=1e-3, atol=1e-3)
 
@@ -340,8 +379,15 @@ def test_presets_train_sample_and_resume(tmp_path, preset):
     train.main([*options(preset, **more), '--out', str(tmp_path / 'once')])
     train.main([*options(preset, **more), '--out', str(tmp_path / 'twice'), '--stop_at', '2'])
     train.main([*options(preset, **more), '--out', str(tmp_path / 'twice')])
-    once, twice = [torch.load(tmp_path / name / 'ckpt.pt', weights_only=True)['model'] for name in ('once', 'twice')]
-    assert once.keys() == twice.keys() and all(torch.equal(v, twice[name]) for name, v in once.items())
+    once, twice = [torch.load(tmp_path / name / 'ckpt.pt', weights_only=True) for name in ('once', 'twice')]
+    assert same([once[k] for k in ('model', 'ema', 'opt')], [twice[k] for k in ('model', 'ema', 'opt')])
+    for name in once['ema'].keys() & {'flow.variance'}:
+        assert torch.equal(once['ema'][name], once['model'][name]) and not (once['ema'][name] == 1).all()
+    assert once['opt']['param_groups'][0]['weight_decay'] == PRESETS[preset].get('weight_decay', 0)
+    row = read_log(tmp_path / 'once')[-1]
+    c, value = config(preset), lambda name: float(row.get(name) or 0)
+    assert value('loss') == pytest.approx(c.l2 * value('l2') + c.rate * (value('nll') - value('entropy'))
+                                          + c.repa_weight * value('align'), rel=1e-4, abs=1e-5)
     model, _, names = load_model(tmp_path / 'once' / 'ckpt.pt')
     images = model.generate(torch.arange(2), torch.randn(2, *model.flow.shape), cfg=1.0)
     assert images.shape == (2, 3, 16, 16) and images.isfinite().all() and images.std() > 0
@@ -351,7 +397,9 @@ def test_presets_train_sample_and_resume(tmp_path, preset):
     (['--codec', 'vea'], '--codec vea'), (['--prior', 'gan'], '--prior gan'), (['--noise', 'pink'], '--noise pink'),
     (['--model', 'frozen'], '--init'), (['--model', 'tarflow', '--latent_dim', '16', '--vae_patch', '2'], '--latent_dim 16'),
     (['--noise', 'slerp', '--sigma', '1.5'], '--sigma'), (['--model', 'repa', '--repa_block', '4'], '--repa_block 4'),
-    (['--model', 'sit', '--align', 'forward'], '--prior sit'), (['--model', 'learned', '--noise', 'slerp'], '--noise slerp')])
+    (['--model', 'sit', '--align', 'forward'], '--prior sit'), (['--model', 'tarflow', '--vae_mults', '1,1'], '--vae_mults'),
+    (['--model', 'tarflow', '--layers='], '--layers'), (['--model', 'slerp', '--denoise', '1'], '--denoise'),
+    (['--freeze', 'vae', '--init', 'x', '--lpips', '1'], '--lpips'), (['--align', 'backward'], r'\(nothing\), forward'), (['--model', 'learned', '--noise', 'slerp'], '--noise slerp')])
 def test_systems_that_make_no_sense(argv, word):
     with pytest.raises(UserError, match=word):
         train.main(argv)

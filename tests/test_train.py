@@ -70,6 +70,27 @@ def test_resume_to_the_bit(tmp_path, extra):
     assert [row['step'] for row in read_log(tmp_path / 'once')] == ['8', '16', '24', '32', '40']
 
 
+def test_resume_refuses_a_new_kind_of_run_from_an_old_checkpoint(tmp_path):
+    """A checkpoint from before an option existed is of that option's default."""
+    options = TINY + ['--steps', '2', '--sample_interval', '0', '--out', str(tmp_path)]
+    train.main(options)
+    state = torch.load(tmp_path / 'ckpt.pt', weights_only=True)
+    for name in ('codec', 'noise', 'prior', 'align'):
+        del state['config'][name]
+    torch.save(state, tmp_path / 'ckpt.pt')
+    for name, value in ('noise', 'slerp'), ('codec', 'learned'), ('prior', 'vp'), ('align', 'forward'):
+        more = ['--repa', 'random'] if name == 'align' else []
+        with pytest.raises(UserError, match=f'--{name}'):
+            train.main([*options, f'--{name}', value, *more])
+    train.main([*options, '--repa_block', '2'])                    # of no matter without --align
+
+
+def test_pixels_compile(tmp_path):
+    """Cutting patches has nothing to compile, which is an error for PyTorch."""
+    train.main(['--model', 'tarflow', '--layers', '1', '--width', '16', '--steps', '1', '--batch_size', '2', '--workers', '0',
+                '--device', 'cpu', '--sample_interval', '0', '--compile', '1', '--out', str(tmp_path)])
+
+
 def test_rows_after_the_resumed_step_are_dropped(tmp_path):
     path = tmp_path / 'log.csv'
     log = train.Log(path, ['step', 'loss'], 0)
@@ -182,7 +203,7 @@ def test_same_gradients_however_they_are_computed(tmp_path, plain, processes, ex
         assert (grad - other[name]).abs().max() < 1e-4 * scale, name
 
 
-@pytest.mark.parametrize('extra', [['--codec', 'learned'],
+@pytest.mark.parametrize('extra', [['--codec', 'learned'], ['--prior', 'vp'],
                                    '--align forward --repa random --repa_block 2 --repa_width 16'.split()])
 def test_siblings_have_the_same_gradients_in_two_processes(tmp_path, extra):
     one, two = gradients(tmp_path, *extra), gradients(tmp_path, *extra, processes=2)
@@ -191,9 +212,10 @@ def test_siblings_have_the_same_gradients_in_two_processes(tmp_path, extra):
         assert (grad - two[name]).abs().max() < 1e-4 * scale, name
 
 
-def test_two_processes_train_and_sample(tmp_path):
+@pytest.mark.parametrize('extra', [[], ['--prior', 'vp', '--align', 'reverse', '--repa', 'random', '--gan', '0']])
+def test_two_processes_train_and_sample(tmp_path, extra):
     """The whole script under torchrun: the log and the samples are those of one process."""
-    options = TINY + ['--gan_adaptive', '0', '--steps', '3', '--log_interval', '1', '--sample_interval', '3']
+    options = TINY + ['--gan_adaptive', '0', '--steps', '3', '--log_interval', '1', '--sample_interval', '3', *extra]
     train.main([*options, '--out', str(tmp_path / 'one')])
     result = run(torchrun(2, 'train.py', *options, '--out', str(tmp_path / 'two')))
     assert result.returncode == 0, result.stderr[-2000:]
@@ -201,6 +223,9 @@ def test_two_processes_train_and_sample(tmp_path):
         shared = [name for name in a if name != 'mu_std']          # of a process's own images: fewer, so less spread
         assert [float(b[k]) for k in shared] == pytest.approx([float(a[k]) for k in shared], rel=2e-3, abs=1e-4)
     assert sorted(os.listdir(tmp_path / 'one')) == sorted(os.listdir(tmp_path / 'two'))
+    one, two = [torch.load(tmp_path / name / 'ckpt.pt', weights_only=True)['ema'] for name in ('one', 'two')]
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-2, atol=2e-3)
 
 
 # ------------------------------------------------------------------------------------------------- numbers that are none
