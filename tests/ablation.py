@@ -61,15 +61,21 @@ COLUMNS = {'PSNR': 'PSNR, x', 'PSNR mu': 'PSNR, mu', 'std': 'std of mu', 'nll': 
 def split(data, out):
     """A zip -> a zip to train on, and one of every tenth image"""
     paths = [os.path.join(out, name) for name in ('train.zip', 'held_out.zip')]
-    if not os.path.exists(paths[1]):
-        with zipfile.ZipFile(data) as source:
-            names = sorted(name for name in source.namelist() if not name.endswith('/'))
-            for path, part in zip(paths, ([n for i, n in enumerate(names) if i % 10], names[::10])):
-                with zipfile.ZipFile(path + '.tmp', 'w') as target:
-                    for name in part:
-                        target.writestr(name, source.read(name))
-                os.replace(path + '.tmp', path)
+    if os.path.exists(paths[1]):
+        return paths
+    with zipfile.ZipFile(data) as source:
+        names = sorted(name for name in source.namelist() if not name.endswith('/'))
+        for path, part in zip(paths, ([n for i, n in enumerate(names) if i % 10], names[::10])):
+            copy(source, part, path)
     return paths
+
+
+def copy(source, names, path):
+    """Files of an open zip, to a new one"""
+    with zipfile.ZipFile(path + '.tmp', 'w') as target:
+        for name in names:
+            target.writestr(name, source.read(name))
+    os.replace(path + '.tmp', path)
 
 
 def train(row, seed, data, out):
@@ -154,10 +160,22 @@ def table(results, rows, seeds):
         for name in COLUMNS if runs else ():
             values = [run.get(name, np.nan) for run in runs]
             digits = 0 if 'fd' in name else 1 if 'PSNR' in name else 2
-            spread = f' ± {np.ptp(values) / 2:.{digits}f}' if len(values) > 1 else ''
+            spread = f' ± {np.ptp(values) / 2:.{digits}f}' if len(values) > 1 and np.isfinite(values).all() else ''
             cells.append('-' if np.isnan(values).any() else f'{np.mean(values):.{digits}f}{spread}')
         lines += [f'| {ROWS[row][0]} | ' + ' | '.join(cells) + ' |'] * bool(cells)
     return '\n'.join(lines)
+
+
+def run(row, seed, train_zip, held_out, judge, out):
+    """Train and measure, unless that has been done -> the numbers"""
+    path = os.path.join(out, f'{row}_{seed}', 'result.json')
+    if not os.path.exists(path):
+        ckpt = train(row, seed, train_zip, out)
+        result = measure(ckpt, held_out) | (judge(ckpt) if judge and not row.startswith('vae') else {})
+        with open(path, 'w') as f:
+            json.dump(result, f)
+    with open(path) as f:
+        return json.load(f)
 
 
 def main():
@@ -174,14 +192,7 @@ def main():
     judge, results = args.judge and Judge(args.judge, held_out), {}
     for seed in args.seeds:
         for row in args.rows:
-            path = os.path.join(args.out, f'{row}_{seed}', 'result.json')
-            if not os.path.exists(path):
-                ckpt = train(row, seed, train_zip, args.out)
-                result = measure(ckpt, held_out) | (judge(ckpt) if judge and not row.startswith('vae') else {})
-                with open(path, 'w') as f:
-                    json.dump(result, f)
-            with open(path) as f:
-                results[f'{row}_{seed}'] = json.load(f)
+            results[f'{row}_{seed}'] = run(row, seed, train_zip, held_out, judge, args.out)
             print(row, seed, results[f'{row}_{seed}'], flush=True)
     print(table(results, args.rows, args.seeds))
     print(f'independent pixels: {histogram_bits(train_zip, held_out):.2f} bits a dimension')
