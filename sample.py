@@ -98,6 +98,14 @@ def labelled_grid(images, labels, class_names):
     return grid(np.stack(tiles), columns)
 
 
+def save_folder(folder, images, labels, class_names):
+    """A PNG an image, in a folder a class if there are classes"""
+    for i, image in enumerate(images):
+        home = os.path.join(folder, *class_names[labels[i]:][:1])
+        os.makedirs(home, exist_ok=True)
+        Image.fromarray(image).save(os.path.join(home, f'{i:06d}.png'))
+
+
 def save(path, images, labels, class_names, seed):
     """As the ending of `path` says: see --out. UserError if it can't be written."""
     folder = path if path.endswith('/') else os.path.dirname(path) or '.'
@@ -110,10 +118,7 @@ def save(path, images, labels, class_names, seed):
             arrays = [images[order]] + [labels[order]] * bool(class_names)
             np.savez(path, *arrays)
         else:
-            for i, image in enumerate(images):
-                home = os.path.join(folder, *class_names[labels[i]:][:1])
-                os.makedirs(home, exist_ok=True)
-                Image.fromarray(image).save(os.path.join(home, f'{i:06d}.png'))
+            save_folder(folder, images, labels, class_names)
     except OSError as e:
         raise UserError(f"--out {path} can't be written: {e.strerror}")
 
