@@ -181,8 +181,9 @@ class Config:
                 f'--noise {self.noise} needs a constant variance, not --codec learned')
         require(self.noise not in ('linear', 'slerp') or self.sigma <= 1,
                 f'--noise {self.noise} needs a --sigma of at most 1, not {self.sigma}')
+        stage_one = 'vae_learned' if self.codec == 'learned' else 'vae'
         require(not self.freeze or self.init, f'--freeze {self.freeze} needs --init, a checkpoint '
-                "of the VAE, such as python train.py --model vae's")
+                f"of its VAE, such as python train.py --model {stage_one}'s")
         require(not (self.freeze == 'vae' and (self.gan or self.lpips)),
                 '--freeze vae leaves --gan and --lpips nobody to teach: set both to 0')
         require(self.prior != 'sit' or not self.align and not self.denoise,
