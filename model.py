@@ -301,11 +301,14 @@ def parse_options(cls, argv, description, presets={}):
 
 # ---------------------------------------------------------------------------------------- the model
 
+def configured(vae):
+    return lambda c: vae(c.vae_width, c.vae_mults, c.vae_patch, c.latent_dim, c.sigma,
+                         c.latent_norm)
+
+
 CODECS = {
-    'vae': lambda c: VAE(c.vae_width, c.vae_mults, c.vae_patch, c.latent_dim, c.sigma,
-                         c.latent_norm),
-    'learned': lambda c: LearnedVAE(c.vae_width, c.vae_mults, c.vae_patch, c.latent_dim, c.sigma,
-                                    c.latent_norm),
+    'vae': configured(VAE),
+    'learned': configured(LearnedVAE),
     'pixels': lambda c: Pixels(c.vae_patch, c.latent_dim, c.sigma),
 }
 PRIORS = {'flow': Flow, 'vp': VPFlow, 'sit': SiT}
@@ -869,6 +872,15 @@ def load_exported(path):
     return net
 
 
+def teacher_file(path):
+    """What --repa names, for 'dinov2' the file, downloaded once. UserError if it can't be had."""
+    if path != 'dinov2':
+        return path
+    home = os.path.join(torch.hub.get_dir(), 'checkpoints', os.path.basename(DINOV2_URL))
+    return fetch(DINOV2_URL, home, DINOV2_DIGEST,
+                 "put it there by hand, name a copy with --repa, or train without: --align ''")
+
+
 def load_teacher(path, tokens, image_size):
     """-> a network for a square of tokens: 'random', 'dinov2' (ViT-B/14, downloaded once), a file
     of Meta's for ViT-S, B or L, or any other network in a .pt2. UserError if it can't be had, or
@@ -890,10 +902,7 @@ def read_teacher(path, side):
     """-> the network of load_teacher, for side x side tokens. UserError if it can't be had."""
     if path == 'random':
         return random_teacher(side)
-    if path == 'dinov2':
-        path = os.path.join(torch.hub.get_dir(), 'checkpoints', os.path.basename(DINOV2_URL))
-        fetch(DINOV2_URL, path, DINOV2_DIGEST,
-              "put it there by hand, name a copy with --repa, or train without: --align ''")
+    path = teacher_file(path)
     try:
         if path.endswith('.pt2'):
             return load_exported(path)

@@ -35,12 +35,12 @@ from flow import Layer
 from model import (LPIPS, PRESETS, PRIOR, RECON, TRAIN, Aligned, Config, DINOv2, Discriminator,
                    Place, SimFlow, adaptive_weight, alignment, find_place, from_uint8, generator,
                    grid, hinge, load_checkpoint, load_lpips, load_teacher, mix_seed, parse_options,
-                   sample_images, to_uint8)
+                   sample_images, teacher_file, to_uint8)
 
 # Resuming with another value of these would not be the same run.
 FIXED = ('image_size codec latent_dim vae_width vae_mults vae_patch latent_norm sigma noise prior '
-         'width heads layers freeze align repa_block repa_layer repa_width gan_width gan_layers '
-         'batch_size seed').split()
+         'width heads layers freeze align repa repa_block repa_layer repa_width gan_width '
+         'gan_layers batch_size seed').split()
 # What makes a codec: the same for --init.
 CODEC = 'codec latent_dim latent_norm vae_width vae_mults vae_patch'.split()
 # Dense bf16 FLOP/s, for the column mfu of the log.
@@ -90,10 +90,10 @@ class Trainer:
         self.names = ['loss', 'l1', 'l2', 'nll', 'entropy', 'mu_std', 'grad_norm', 'replaced']
         kind, more = SimFlow, []
         if config.align:
-            load = lambda: load_teacher(config.repa, config.tokens, config.image_size)
-            if not teacher:
-                place.first(lambda: load() and None)               # one process downloads
-            self.teacher = (teacher or load()).to(place.device)
+            if not teacher:                                        # one process downloads
+                file = place.first(lambda: teacher_file(config.repa))
+                teacher = load_teacher(file, config.tokens, config.image_size)
+            self.teacher = teacher.to(place.device)
             self.names.append('align')
             kind, more = Aligned, [self.teacher.width]
         torch.manual_seed(config.seed)                             # one start on every process
@@ -341,6 +341,8 @@ def resume(trainer, data):
               'for a new run')
     now = dataclasses.asdict(trainer.config)
     was = dataclasses.asdict(Config()) | saved['config']           # which may lack a newer option
+    for options in (was, now):                                     # a teacher's file may move
+        options['repa'] = os.path.basename(options['repa'])
     fixed = [k for k in FIXED if now['align'] or not k.startswith('repa')]
     differs = [f'--{k} {show(was[k])} (now {show(now[k])})' for k in fixed if was[k] != now[k]]
     if differs:
@@ -417,7 +419,7 @@ def train_flops(config, classes):
     with torch.device('meta'), FlopCounterMode(display=False) as counter:
         model, side = SimFlow(config, classes), config.image_size
         recon, nll, *_ = model(torch.empty(1, 3, side, side), torch.empty(1, dtype=torch.long),
-                              torch.empty(1, *model.flow.shape))
+                               torch.empty(1, *model.flow.shape))
         (recon.sum() + nll.sum()).backward()
     return counter.get_total_flops()
 

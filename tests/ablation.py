@@ -20,7 +20,8 @@ import torch
 
 import conftest  # noqa: F401, puts the project on the path
 from data import crop, open_data
-from model import find_place, from_uint8, generator, load_model, sample_images, to_uint8, RECON
+from evaluate import psnr, unit
+from model import RECON, find_place, generator, load_model, sample_images, to_uint8
 
 # Half of nano, so that all rows fit an afternoon of one core. All blocks keep their layers: the flow of pixels has as
 # many as the others.
@@ -95,20 +96,19 @@ def measure(path, held_out, n=500):
     model, config, names = load_model(path)
     data = open_data(held_out)
     index = np.random.default_rng(0).permutation(len(data))[:n]
-    image = from_uint8(torch.from_numpy(np.stack([crop(data.load(i), config.image_size) for i in index])).permute(0, 3, 1, 2))
+    pixels = unit(np.stack([crop(data.load(i), config.image_size) for i in index]))
     y, g = torch.from_numpy(data.labels[index]), generator('cpu', RECON, 0)
     torch.manual_seed(0)
     noise = torch.randn(n, *model.flow.shape, generator=g)
-    x, mu, sigma = model.latents(image, noise)
+    x, mu, sigma = model.latents(2 * pixels - 1, noise)
     nll = torch.cat([model.flow.nll(*part) for part in zip(x.split(50), y.split(50))])
     clean = model.noise.add(mu, sigma, torch.zeros_like(noise))
     row = {'std': mu.std(0).mean().item(), 'nll': nll.mean().item(), 'rate': np.nan}
     if config.prior != 'sit':                                      # whose nll is none
         row['rate'] = model.rate(nll, sigma).mean().item() / np.log(2)
     for name, latents in ('PSNR', x), ('PSNR mu', clean):
-        recon = torch.from_numpy(np.concatenate([to_uint8(model.vae.decode(part)) for part in latents.split(50)]))
-        error = from_uint8(recon.permute(0, 3, 1, 2)) - image
-        row[name] = (10 * torch.log10(4 / error.square().mean((1, 2, 3)).clamp(min=4e-10))).mean().item()
+        recon = unit(np.concatenate([to_uint8(model.vae.decode(part)) for part in latents.split(50)]))
+        row[name] = psnr(recon, pixels).mean().item()
     return row
 
 

@@ -199,6 +199,9 @@ def test_any_exported_network_can_teach(tmp_path):
     assert not any(p.requires_grad for p in teacher.parameters())
     train.main(['--model', 'repa', '--repa', path, '--image_size', '16', '--steps', '1', '--batch_size', '4', '--workers',
                 '0', '--device', 'cpu', '--sample_interval', '0', '--out', str(tmp_path / 'out')])
+    with pytest.raises(UserError, match='--repa net.pt2'):         # resumed with another teacher
+        train.main(['--model', 'repa', '--image_size', '16', '--steps', '2', '--batch_size', '4', '--workers', '0',
+                    '--device', 'cpu', '--sample_interval', '0', '--out', str(tmp_path / 'out')])
     for tokens, size in (16, 32), (4, 16):                         # other images, another grid
         with pytest.raises(UserError, match='net.pt2.*answers'):
             load_teacher(path, tokens, size)
