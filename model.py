@@ -14,6 +14,7 @@ import os
 import pickle
 import struct
 import sys
+import time
 import typing
 from typing import NamedTuple
 import zipfile
@@ -547,9 +548,17 @@ def find_place(device='', dtype='', compile=None):
     place = Place(device, getattr(torch, dtype), cuda if compile is None else compile)
     if 'RANK' in os.environ:
         dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo')
-        atexit.register(dist.destroy_process_group)
+        atexit.register(leave_processes)
         place.rank, place.world = dist.get_rank(), dist.get_world_size()
     return place
+
+
+def leave_processes():
+    """End the process group. A thread of gloo may still wait for the interpreter to let go of a
+    tensor; if that is gone first, torch aborts the process, after all its work was done. While we
+    sleep the thread gets its turn."""
+    dist.destroy_process_group()
+    time.sleep(0.1)
 
 
 TRAIN, SAMPLE, RECON, PRIOR = range(4)                             # random streams, never to meet

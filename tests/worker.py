@@ -25,6 +25,7 @@ def make(options):
 def grads(out, options):
     """Gradients of one step, before clipping, to a file."""
     trainer, image, y = make(options)
+    sys.setswitchinterval(20)                                      # gloo's threads wait long for Python: see leave_processes
     trainer.update = lambda terms, adversarial, lr: None
     trainer.train_step(image, y, lr=1e-3)
     if trainer.place.rank == 0:
