@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 import conftest  # noqa: F401, puts the project on the path
-from data import crop, open_data
+from data import Parser, UserError, cli, crop, open_data
 from evaluate import psnr, unit
 from model import RECON, find_place, generator, load_model, sample_images, to_uint8
 
@@ -178,15 +178,17 @@ def run(row, seed, train_zip, held_out, judge, out):
         return json.load(f)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv):
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('data')
     parser.add_argument('--out', default='ablation')
     parser.add_argument('--judge', default='')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1])
     parser.add_argument('--rows', nargs='+', choices=ROWS, default=list(ROWS))
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(int(os.environ['OMP_NUM_THREADS']))
+    if not zipfile.is_zipfile(args.data):
+        raise UserError(f'{args.data} must be a zip of class folders')
     os.makedirs(args.out, exist_ok=True)
     train_zip, held_out = split(args.data, args.out)
     judge, results = args.judge and Judge(args.judge, held_out), {}
@@ -199,4 +201,4 @@ def main():
 
 
 if __name__ == '__main__':
-    main()
+    cli(main)

@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import conftest  # noqa: F401, puts the project on the path
+from data import Parser, cli
 import flow as flow_module
 import tarflow_plain
 from flow import Flow
@@ -377,15 +378,15 @@ def section_scale(machine, args):
 SECTIONS = {name[8:]: section for name, section in list(globals().items()) if name.startswith('section_')}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv):
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--quick', type=int, default=0)
     parser.add_argument('--sections', nargs='+', choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--threads', type=int, default=torch.get_num_threads())
     parser.add_argument('--tol', type=float, default=Options.tol, help='of parallel decoding')
     parser.add_argument('--ckpt', nargs='+', default=[], help='trained models for the section jacobi')
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     machine = Machine(args.device, args.threads, bool(args.quick))
     print(', '.join(f'{name}: {fact}' for name, fact in machine.facts.items()))
     results = {}
@@ -398,4 +399,4 @@ def main():
 
 
 if __name__ == '__main__':
-    main()
+    cli(main)
