@@ -22,7 +22,7 @@ import conftest  # noqa: F401, puts the project on the path
 from data import Parser, cli
 import flow as flow_module
 import tarflow_plain
-from flow import Flow
+from flow import Flow, Guidance, guide
 from model import Config, PRESETS, Place, load_model, to_uint8
 from sample import Options
 from train import Trainer
@@ -178,11 +178,14 @@ def sampling_size(machine):
 def section_sample(machine, args):
     flow, z, y = sampling_size(machine)
     peer, rows = peer_of(flow), []
-    for cfg in (0.0, 2.0):
-        t = machine.times({'ours': lambda: flow.sample(z, y, cfg), 'peer': lambda: peer.sample(z, y, cfg)})
-        rows.append({'cfg': cfg, 'batch': len(z), 'T': z.shape[1], 'ours, s': t['ours'], 'plain, s': t['peer'],
-                     'ours, ms a token': 1e3 * t['ours'] / z.shape[1], 'times as fast': t['peer'] / t['ours']})
-    return show('Sampling, token by token', rows)
+    for cfg, where, every_block in (0.0, 'nothing', False), (2.0, 'the deep block', False), (2.0, 'every block', True):
+        guidance = Guidance(guide, every_block)
+        t = machine.times({'ours': lambda: flow.sample(z, y, cfg, guidance),
+                           'peer': lambda: peer.sample(z, y, cfg, every_block)})
+        rows.append({'guided': where, 'cfg': cfg, 'batch': len(z), 'T': z.shape[1], 'ours, s': t['ours'],
+                     'plain, s': t['peer'], 'ours, ms a token': 1e3 * t['ours'] / z.shape[1],
+                     'times as fast': t['peer'] / t['ours']})
+    return show('Sampling, token by token. TARFlow guides every block, SimFlow the deep one', rows)
 
 
 def section_score(machine, args):
@@ -246,12 +249,14 @@ def section_jacobi(machine, args):
             z, y = machine.randn(batch, *flow.shape), machine.labels(batch, flow.null_class)
             for cfg in (0.0,) if machine.quick else (0.0, 2.0):
                 calls = {'one by one': lambda: flow.sample(z, y, cfg), 'peer': lambda: peer.sample(z, y, cfg),
+                         'TARFlow': lambda: peer.sample(z, y, cfg, every_block=True),
                          'jacobi': lambda: flow.sample(z, y, cfg, tol=args.tol),
                          'forced': lambda: parallel(flow, z, y, cfg, args.tol)}
                 t = machine.times(calls)
                 row = {'checkpoint': path, 'batch': batch, 'cfg': cfg, 'one by one, s': t['one by one'],
                        'jacobi, s': t['jacobi'], 'speed-up': t['one by one'] / t['jacobi'],
-                       'vs. plain': t['peer'] / t['jacobi'], 'forced, s': t['forced'],
+                       'vs. plain': t['peer'] / t['jacobi'], 'vs. plain, every block': t['TARFlow'] / t['jacobi'],
+                       'forced, s': t['forced'],
                        'iterations': ' + '.join(map(str, counted(flow, calls['forced'])))}
                 rows.append(row | decoding_error(machine, flow, model, z, y, cfg, args.tol))
     return show(f'Parallel decoding, tol {args.tol}. Forced: even where it takes longer than token by token; its '

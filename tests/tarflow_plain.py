@@ -95,7 +95,7 @@ class Block(nn.Module):
 
 
 class TARFlow(nn.Module):
-    """Blocks of `layers` layers each, image -> noise; every second one reads right to left, the last one is guided."""
+    """Blocks of `layers` layers each, image -> noise; every second one reads right to left."""
 
     def __init__(self, dim, tokens, width, heads, blocks, layers, classes):
         super().__init__()
@@ -112,8 +112,9 @@ class TARFlow(nn.Module):
         return x, logdet
 
     @torch.no_grad()
-    def sample(self, z, y, cfg=0.0):
-        """z (B, T, D), y (B,) -> x (B, T, D)"""
+    def sample(self, z, y, cfg=0.0, every_block=False):
+        """z (B, T, D), y (B,) -> x (B, T, D); guided in the last block, or in every one, as TARFlow is"""
         for i, block in reversed(list(enumerate(self.blocks))):
-            z = block.inverse(z, y, cfg if i == len(self.blocks) - 1 else 0.0, self.null)
+            guided = every_block or i == len(self.blocks) - 1
+            z = block.inverse(z, y, cfg if guided else 0.0, self.null)
         return z

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from flow import Flow
+from flow import Flow, Guidance, guide
 from tarflow_plain import TARFlow
 from test_flow import perturbed
 
@@ -39,8 +39,10 @@ def test_the_peer_is_the_same_function(pair, x, y):
     torch.testing.assert_close(logdet_peer, logdet, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize('cfg', [0.0, 2.0])
-def test_the_peer_draws_the_same_samples(pair, x, y, cfg):
-    ours, peer = (flow.sample(x, y, cfg) for flow in pair)
+@pytest.mark.parametrize('cfg, every_block', [(0.0, False), (2.0, False), (2.0, True)])
+def test_the_peer_draws_the_same_samples(pair, x, y, cfg, every_block):
+    flow, plain = pair
+    ours = flow.sample(x, y, cfg, Guidance(guide, every_block))
+    peer = plain.sample(x, y, cfg, every_block)
     torch.testing.assert_close(peer, ours, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(ours, x, atol=0.1)
