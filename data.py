@@ -87,10 +87,8 @@ def hexdigest(path, kind):
 
 def fetch(url, path, digest, hint='try again, or download it by hand to that place'):
     """Download `url` to `path`, unless it is there -> path. digest: 'md5:...' or 'sha256:...' or their start.
-
-    Raises UserError if it can't be had whole. Several processes may do this at once: each writes its own
-    file, and the last rename wins.
-    """
+    UserError if it can't be had whole. Several processes may do this at once: each writes its own file, and
+    the last rename wins."""
     kind, expected = digest.split(':')
     temporary = f'{path}.{uuid.uuid4().hex}.tmp'
     try:
@@ -484,10 +482,8 @@ def load(dataset, order, workers, pin=False):
 
 def batches(data, image_size, batch_size, seed, flip, start, steps, rank=0, world=1, workers=0, pin=False):
     """Yield images (b, 3, H, W) uint8, labels (b,) int64 and the number of images replaced, for the steps
-    from `start` to `steps` - 1. b = batch_size / world, a whole number. UserError if over 1% can't be read.
-
-    Each epoch is one permutation; they follow each other without a gap, so a batch may span several.
-    """
+    from `start` to `steps` - 1. b = batch_size / world, a whole number. Each epoch is one permutation; they
+    follow each other without a gap, so a batch may span several. UserError if over 1% can't be read."""
     dataset = Steps(data, image_size, batch_size, seed, flip, rank, world)
     names, count, seen = [], 0, 0
     try:
@@ -521,9 +517,7 @@ class Pngs(Dataset):
 
 def recover(path):
     """An unfinished zip of ours -> ZipInfo of each complete entry. What follows the last of them is cut off.
-
-    The zip's directory is not written yet, but its entries stand in a row: header, name, extras, data.
-    """
+    The zip's directory is not written yet, but its entries stand in a row: header, name, extras, data."""
     infos, end = [], 0
     with open(path, 'a+b') as f:
         f.seek(0)
@@ -543,11 +537,9 @@ def recover(path):
 
 def pack(data, path, size, workers):
     """Write `data`, cropped, to a zip of PNGs called class/number.png -> names of the unreadable, left out.
-
-    If interrupted, it leaves a file *.partial, from which the next call goes on.
-    """
+    If interrupted, it leaves a file *.partial, from which the next call goes on."""
     def entry(i):
-        return ''.join(f'{name}/' for name in data.class_names[data.labels[i]:][:1]) + f'{i:08d}.png'
+        return posixpath.join(*data.class_names[data.labels[i]:][:1], f'{i:08d}.png')
 
     partial, broken = f'{path}.{size}.partial', []
     done = recover(partial)
