@@ -82,15 +82,15 @@ class Options:
 
     def check(self):
         """Raise UserError for what can't be done."""
-        guided = any(self.cfg) or any(self.gamma) or self.guidance
-        tasks = [bool(self.reconstruct or self.latents), bool(self.classify), bool(guided)]
+        guided = bool(any(self.cfg) or any(self.gamma) or self.guidance)
+        tasks = [bool(self.reconstruct or self.latents), bool(self.classify), guided]
         for fine, sentence in (
                 (bool(self.samples) != bool(self.ckpt), 'name either samples to measure, or a --ckpt'),
-                (self.ckpt or not (self.reconstruct or self.latents or self.classify or guided),
+                (self.ckpt or not any(tasks),
                  '--reconstruct, --latents, --classify, --cfg, --gamma and --guidance need a --ckpt'),
                 (sum(tasks) < 2, '--reconstruct or --latents, --classify, and sampling with --cfg, --gamma '
                  'or --guidance are three runs: ask for one at a time'),
-                (self.ref or self.reconstruct or self.latents or self.classify,
+                (self.ref or any(tasks[:2]),
                  '--ref is missing, the images to compare with: a folder, a zip, an npz or a data set'),
                 (self.features in ('inception', 'random'),
                  f'--features {self.features} must be inception or random'),
@@ -115,13 +115,14 @@ def conv(cin, cout, kernel, stride=1, padding=0):
 AVERAGE = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
 MAXIMUM = nn.MaxPool2d(3, stride=1, padding=1)
 HALVE = nn.MaxPool2d(3, stride=2)
-FORK, ROW, COLUMN, ROW7, COLUMN7 = object(), (1, 3), (3, 1), (1, 7), (7, 1)
+ROW, COLUMN, ROW7, COLUMN7 = (1, 3), (3, 1), (1, 7), (7, 1)
+FORK = (384, ROW), (384, COLUMN)
 
 
 class Mixed(nn.Module):
     """Branches side by side, outputs concatenated. The last branch reads pool(h), and may be nothing else.
 
-    A branch is a chain of convolutions, (channels, kernel), padded to keep the size, or (channels, kernel,
+    A branch is a chain of convolutions, (channels, kernel), which keep the size, or (channels, kernel,
     stride), not padded. FORK is two of them side by side. Their names count along the chain.
     """
 
@@ -132,7 +133,7 @@ class Mixed(nn.Module):
             c, chain = cin, []
             for i, row in enumerate(rows, 1):
                 name = f'{branch}_{i}' if len(rows) > 1 else branch
-                pair = {name + 'a': (384, ROW), name + 'b': (384, COLUMN)} if row is FORK else {name: row}
+                pair = dict(zip((name + 'a', name + 'b'), FORK)) if row is FORK else {name: row}
                 for name, (cout, kernel, *stride) in pair.items():
                     padding = 'valid' if stride else 'same'
                     self.add_module(name, conv(c, cout, kernel, *stride, padding=padding))
@@ -148,20 +149,15 @@ class Mixed(nn.Module):
         return torch.cat(outs, dim=1)
 
 
-def mixed_a(cin, c):
-    return Mixed(cin, AVERAGE, branch1x1=[(64, 1)], branch5x5=[(48, 1), (64, 5)],
-                 branch3x3dbl=[(64, 1), (96, 3), (96, 3)], branch_pool=[(c, 1)])
+A = dict(branch1x1=[(64, 1)], branch5x5=[(48, 1), (64, 5)], branch3x3dbl=[(64, 1), (96, 3), (96, 3)])
+E = dict(branch1x1=[(320, 1)], branch3x3=[(384, 1), FORK], branch3x3dbl=[(448, 1), (384, 3), FORK],
+         branch_pool=[(192, 1)])
 
 
 def mixed_c(c):
     return Mixed(768, AVERAGE, branch1x1=[(192, 1)], branch7x7=[(c, 1), (c, ROW7), (192, COLUMN7)],
                  branch7x7dbl=[(c, 1), (c, COLUMN7), (c, ROW7), (c, COLUMN7), (192, ROW7)],
                  branch_pool=[(192, 1)])
-
-
-def mixed_e(cin, pool):
-    return Mixed(cin, pool, branch1x1=[(320, 1)], branch3x3=[(384, 1), FORK],
-                 branch3x3dbl=[(448, 1), (384, 3), FORK], branch_pool=[(192, 1)])
 
 
 class Inception(nn.ModuleDict):
@@ -173,7 +169,9 @@ class Inception(nn.ModuleDict):
             'Conv2d_1a_3x3': conv(3, 32, 3, stride=2), 'Conv2d_2a_3x3': conv(32, 32, 3),
             'Conv2d_2b_3x3': conv(32, 64, 3, padding=1), 'pool_1': HALVE,
             'Conv2d_3b_1x1': conv(64, 80, 1), 'Conv2d_4a_3x3': conv(80, 192, 3), 'pool_2': HALVE,
-            'Mixed_5b': mixed_a(192, 32), 'Mixed_5c': mixed_a(256, 64), 'Mixed_5d': mixed_a(288, 64),
+            'Mixed_5b': Mixed(192, AVERAGE, **A, branch_pool=[(32, 1)]),
+            'Mixed_5c': Mixed(256, AVERAGE, **A, branch_pool=[(64, 1)]),
+            'Mixed_5d': Mixed(288, AVERAGE, **A, branch_pool=[(64, 1)]),
             'Mixed_6a': Mixed(288, HALVE, branch3x3=[(384, 3, 2)],
                               branch3x3dbl=[(64, 1), (96, 3), (96, 3, 2)], branch_pool=[]),
             'Mixed_6b': mixed_c(128), 'Mixed_6c': mixed_c(160), 'Mixed_6d': mixed_c(160),
@@ -181,7 +179,7 @@ class Inception(nn.ModuleDict):
             'Mixed_7a': Mixed(768, HALVE, branch3x3=[(192, 1), (320, 3, 2)],
                               branch7x7x3=[(192, 1), (192, ROW7), (192, COLUMN7), (192, 3, 2)],
                               branch_pool=[]),
-            'Mixed_7b': mixed_e(1280, AVERAGE), 'Mixed_7c': mixed_e(2048, MAXIMUM),
+            'Mixed_7b': Mixed(1280, AVERAGE, **E), 'Mixed_7c': Mixed(2048, MAXIMUM, **E),
             'fc': nn.Linear(2048, 1008)})
 
     def forward(self, images):
@@ -211,10 +209,8 @@ def resize(x, size):
 
 def random_inception(seed=0):
     """Inception with random weights: He's initialisation, random BatchNorm scales, running statistics of four
-    images of noise at all scales. Its features tell images apart, but not as FID's do.
-
-    From numpy's RandomState and in float64, so that it is the same network everywhere.
-    """
+    images of noise at all scales. Drawn by numpy and in float64, it is the same network everywhere. Its
+    features tell images apart, but not as FID's do."""
     rng, net = np.random.RandomState(seed), Inception().double()
     for name, value in sorted(net.state_dict().items()):
         if value.dim() > 1:
@@ -254,10 +250,8 @@ def load_inception(features, path):
 # Inception score and its std; n; size. The table has - for what a file lacks.
 
 class Statistics:
-    """Sums over images, in float64. Memory does not grow with n, except for the features to keep.
-
-    n: images of all processes together.  keep: positions of those whose features to keep.
-    """
+    """Sums over the n images of all processes, in float64, and the features of those at the positions `keep`,
+    without which memory does not grow with n."""
 
     def __init__(self, net, n, keep, place):
         self.net, self.place, self.keep = net, place, np.isin(np.arange(n), keep)
@@ -279,8 +273,7 @@ class Statistics:
         p_log_p = (log_p.exp() * log_p).sum(1, keepdim=True)
         split = F.one_hot(torch.from_numpy(self.split[index]), SPLITS).to(log_p)   # (b, SPLITS)
         factors = (pool, pool), (spatial, spatial), (split, log_p.exp()), (split, p_log_p)
-        if not self.sums:
-            self.sums = [a.new_zeros(a.shape[1], b.shape[1]) for a, b in factors]
+        self.sums = self.sums or [a.new_zeros(a.shape[1], b.shape[1]) for a, b in factors]
         for total, (a, b) in zip(self.sums, factors):
             total.addmm_(a.T, b)                                   # in place: temporaries fragment memory
 
@@ -412,20 +405,19 @@ def subset(n, limit):
 
 
 def load_images(data, index, size, batch_size, place):
-    """Yield this process's share of data[index]: positions in index (b,), images (b, H, W, 3) uint8.
-
-    size: pixels a side to crop to (ADM's centre crop), or None: as they are; UserError if not all are
-    square and of one size.
-    """
+    """Yield this process's share of data[index]: positions in index (b,), images (b, H, W, 3) uint8, cropped
+    to `size` pixels a side. None: as they are; UserError if not all are square and of one size."""
     def read(k):
         try:
             image = data.load(index[k])
         except Unreadable as e:
             raise UserError(f'an image cannot be read: {e}')
-        if size is None and image.size != (side, side):
+        if size:
+            return crop(image, size)
+        if image.size != (side, side):
             raise UserError(f'{data.name(index[k])} is {image.width} x {image.height}, but samples must be '
                             f'square and of one size; {data.name(index[0])} is {side} wide')
-        return np.array(image) if size is None else crop(image, size)
+        return np.array(image)
 
     side = data.load(index[0]).width
     mine = range(place.rank, len(index), place.world)
@@ -536,12 +528,10 @@ class Evaluation:
         return statistics.summary(name)
 
     def statistics(self, path, size, limit):
-        """Statistics of the samples in `path` as they are (size None), or of a reference cropped to `size`.
-
-        They are in the file, or made of its images. A reference is made once, and cached under what its
-        images are and what was done to them, so that no other is taken for it. Where statistics come with
-        images, as in ADM's files, the images are for precision and recall alone.
-        """
+        """Of the samples in `path` as they are (size None), or of a reference cropped to `size`: in the file,
+        or made of its images. A reference is made once, and cached under what its images are and what was
+        done to them, so that no other is taken for it. Where statistics come with images, as in ADM's files,
+        the images are for precision and recall alone."""
         want = {'size': size, 'resize': 'ADM centre crop, TF1 bilinear to 299', 'inception': self.weights}
         given = load_statistics(path, want)
         if given and 'arr_0' not in given:
@@ -578,11 +568,10 @@ class Evaluation:
         labels = torch.arange(o.n) % max(1, len(self.class_names))
         for images in sample_images(self.model, labels, o.seed, self.place, o.batch_size, cfg, gamma,
                                     guidance=o.guidance):
-            index = np.arange(start, start + len(images))
-            mine = slice(self.place.rank, None, self.place.world)
+            mine = np.arange(self.place.rank, len(images), self.place.world)
+            if len(mine):
+                yield start + mine, images[mine]
             start += len(images)
-            if len(index[mine]):
-                yield index[mine], images[mine]
 
     def sample_rows(self):
         """Sample with every pair of --gamma and --cfg, compare all with one reference. Draws a curve."""
@@ -601,10 +590,8 @@ class Evaluation:
 
     def encode(self, data, index):
         """Yield this process's share of data[index]: positions (b,), pixels (b, H, W, 3) uint8, image
-        (b, 3, H, W) in [-1, 1], y (b,), x (b, T, D), mu (b, T, D), sigma, noise (b, T, D).
-
-        y: the data's classes where the model knows them by the same names, else "no class".
-        """
+        (b, 3, H, W) in [-1, 1], y (b,), x (b, T, D), mu (b, T, D), sigma, noise (b, T, D). y: the data's
+        classes where the model knows them by the same names, else "no class"."""
         shape, null = self.model.flow.shape, self.model.flow.null_class
         known = self.class_names == data.class_names
         batches = load_images(data, index, self.config.image_size, self.o.batch_size, self.place)
@@ -691,18 +678,16 @@ class Evaluation:
         for name in CLASSIFIERS:
             score = torch.cat(scores[name])                        # (this process's share of n, classes)
             centred = score - self.means([{'mean': score}], n)['mean']
-            right = {'accuracy': score.argmax(1) == y, 'centred': centred.argmax(1) == y}
-            right = {key: share.item() for key, share in self.means([right], n).items()}
-            speed = {'ms an image': 1000 * seconds[name] * self.place.world / n}
-            rows.append({'classifier': name, 'n': n} | right | speed)
+            right = torch.stack([score.argmax(1) == y, centred.argmax(1) == y], dim=1)
+            accuracy, fair = self.means([{'right': right}], n)['right'].tolist()
+            rows.append({'classifier': name, 'n': n, 'accuracy': accuracy, 'centred': fair,
+                         'ms an image': 1000 * seconds[name] * self.place.world / n})
         return rows
 
     def latent_rows(self):
-        """Statistics of mu, and process 0's pictures of the latent space.
-
-        std of mu is over images, at each token and channel, then averaged: it falls when the encoder
-        collapses. (Over all elements it is 1 by the LayerNorm.) Noise on mu is in units of an image's std.
-        """
+        """Statistics of mu, and process 0's pictures of the latent space. std of mu is over images, at each
+        token and channel, then averaged: it falls when the encoder collapses. (Over all elements it is 1 by
+        the LayerNorm.) Noise on mu is in units of an image's std."""
         data, index = self.open(self.o.reconstruct or self.config.data, self.o.n)
 
         def batches():
@@ -746,11 +731,9 @@ class Evaluation:
 
 
 def by_gradient(flow, x):
-    """Flowing Backwards' training-free classifier (Chen et al. 2025): x (B, T, D) -> scores (B, classes)
-
-    In every block the class embedding is softmax(l) @ E, at l = 0 the mean of all; the answer is the logit
-    that log p(x | l) would raise most. One forward, one backward, whatever the number of classes.
-    """
+    """Flowing Backwards' training-free classifier (Chen et al. 2025): x (B, T, D) -> scores (B, classes). In
+    every block the class embedding is softmax(l) @ E, at l = 0 the mean of all; the answer is the logit that
+    log p(x | l) would raise most. One forward, one backward, whatever the number of classes."""
     with torch.enable_grad():
         logits = x.new_zeros(len(x), flow.null_class, requires_grad=True)
         log_p = flow.log_prob(*flow(x, logits.softmax(1)))
@@ -767,12 +750,12 @@ CLASSIFIERS = {'gradient at softmax(0)': by_gradient, 'largest likelihood': by_l
 
 
 def distortion(image, recon, std):
-    """Two (b, 3, H, W) -> (b,) bits a pixel value: -log2 p(image | x), where p is Gaussian about recon.
+    """Two (b, 3, H, W) -> (b,) bits a pixel value: -log2 p(image | x), where p is Gaussian about recon. For
+    each value, as levels are 1 / 127.5 apart,
 
-    For each value, as levels are 1 / 127.5 apart,
-    -log2 p = ((image - recon)^2 / (2 std^2) + log(std sqrt(2 pi))) / log 2 + log2(127.5).
-    With the rate, KL(q(x | image) || p(x)), it makes the negative ELBO. The rate is small where the encoder
-    collapses, the ELBO large.
+        -log2 p = ((image - recon)^2 / (2 std^2) + log(std sqrt(2 pi))) / log 2 + log2(127.5).
+
+    With the rate it makes the negative ELBO. That is large where the encoder collapses, the rate small.
     """
     error = (image - recon).square().mean((1, 2, 3)) / (2 * std ** 2)
     return (error + math.log(std * math.sqrt(2 * math.pi))) / math.log(2) + math.log2(127.5)
