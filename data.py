@@ -23,6 +23,7 @@ from multiprocessing.pool import ThreadPool
 import os
 import pathlib
 import posixpath
+import shutil
 import signal
 import struct
 import sys
@@ -63,6 +64,7 @@ def cli(main):
     try:
         main(sys.argv[1:])
         sys.stdout.flush()
+        return
     except UserError as e:
         sentence, code = f'error: {e}', 2
     except KeyboardInterrupt:
@@ -74,27 +76,30 @@ def cli(main):
         if 'DataLoader worker (pid' not in str(e):
             raise
         sentence, code = 'error: a data loading process died, maybe out of memory; try fewer --workers', 2
-    else:
-        return
     print(sentence, file=sys.stderr)
     sys.exit(code)
 
 
+def hexdigest(path, kind):
+    """Of a file. kind: md5 or sha256"""
+    return hashlib.new(kind, pathlib.Path(path).read_bytes()).hexdigest()
+
+
 def fetch(url, path, digest, hint='try again, or download it by hand to that place'):
     """Download `url` to `path`, unless it is there -> path. digest: 'md5:...' or 'sha256:...' or their start.
-
-    Raises UserError if it can't be had whole. Several processes may do this at once: each writes its own
-    file, and the last rename wins.
-    """
+    UserError if it can't be had whole. Several processes may do this at once: each writes its own file, and
+    the last rename wins."""
     kind, expected = digest.split(':')
     temporary = f'{path}.{uuid.uuid4().hex}.tmp'
     try:
-        if os.path.isfile(path):
-            there = hashlib.new(kind, pathlib.Path(path).read_bytes())
-            if there.hexdigest().startswith(expected):
-                return path
+        if os.path.isfile(path) and hexdigest(path, kind).startswith(expected):
+            return path
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        came = receive(url, temporary, hashlib.new(kind), os.path.basename(path))
+        with urllib.request.urlopen(url, timeout=60) as response, open(temporary, 'wb') as f:
+            total = int(response.headers.get('Content-Length', 0)) or None
+            with tqdm.wrapattr(response, 'read', total, desc=os.path.basename(path), disable=None) as body:
+                shutil.copyfileobj(body, f)
+        came = hexdigest(temporary, kind)
         if not came.startswith(expected):
             raise ValueError(f'its {kind} is {came[:16]}, not {expected[:16]}')
         os.replace(temporary, path)
@@ -104,17 +109,6 @@ def fetch(url, path, digest, hint='try again, or download it by hand to that pla
     finally:
         with contextlib.suppress(OSError):
             os.remove(temporary)
-
-
-def receive(url, path, digest, text):
-    """Write what `url` sends to `path`, with a progress bar -> its digest in hexadecimal"""
-    with urllib.request.urlopen(url, timeout=60) as response, open(path, 'wb') as f:
-        total = int(response.headers.get('Content-Length', 0)) or None
-        with tqdm(desc=text, total=total, unit='B', unit_scale=True, disable=None) as bar:
-            while chunk := response.read(1 << 18):
-                digest.update(chunk)
-                bar.update(f.write(chunk))
-    return digest.hexdigest()
 
 
 # -------------------------------------------------------------------------------------------------- one image
@@ -178,6 +172,12 @@ class Folder:
             return f.read(limit)
 
 
+def skip_header(f, offset):
+    """Go to the content of a zip's entry: after the header at offset, the entry's name and extras."""
+    f.seek(offset + 26)
+    f.seek(sum(struct.unpack('<HH', f.read(4))), os.SEEK_CUR)
+
+
 class Zip:
     """The same of a zip. It notes where each file lies and opens the zip anew for each read, which costs
     microseconds; a ZipFile can't be pickled, nor shared by processes, and ImageNet's takes a gigabyte."""
@@ -192,8 +192,7 @@ class Zip:
     def read(self, i, limit=None):
         offset, size, method = self.places[i].tolist()
         with open(self.path, 'rb') as f:
-            f.seek(offset + 26)
-            f.seek(sum(struct.unpack('<HH', f.read(4))), os.SEEK_CUR)      # over the entry's name and extras
+            skip_header(f, offset)
             raw = f.read(size if limit is None else min(size, limit))
         return zlib.decompressobj(-15).decompress(raw) if method == zipfile.ZIP_DEFLATED else raw
 
@@ -245,14 +244,13 @@ def is_image(name):
 def folder_classes(names, path):
     """-> class names, the class number of each name"""
     folders = [name.split('/')[0] if '/' in name else '' for name in names]
-    class_names = sorted(set(folders))
-    if class_names == ['']:
-        return [], [0] * len(names)
+    class_names, labels = np.unique(folders, return_inverse=True)
+    if class_names.tolist() == ['']:
+        return [], labels
     if class_names[0] == '':
         raise UserError(f'{path} has images beside its class folders, such as {names[folders.index("")]}; '
                         'move them into a class folder, or all images into one for data without classes')
-    number = {name: i for i, name in enumerate(class_names)}
-    return class_names, [number[folder] for folder in folders]
+    return class_names.tolist(), labels
 
 
 def table_classes(names, path, text):
@@ -320,14 +318,16 @@ def fashion_mnist():
 
 # ----------------------------------------------------------------------------------------------------- shapes
 
+ANGLE = np.arange(90) * 2 * np.pi / 90
+
+
 def curve(radius, n=90):
-    """Closed curve radius(angle), clockwise from the top -> (n, 2) points, x to the right and y down"""
+    """A radius, or n of them, clockwise from the top -> (n, 2) points, x to the right and y down"""
     angle = np.arange(n) * 2 * np.pi / n
-    return np.stack([np.sin(angle), -np.cos(angle)], 1) * np.broadcast_to(radius(angle), n)[:, None]
+    return np.stack([np.sin(angle), -np.cos(angle)], 1) * np.reshape(radius, (-1, 1))
 
 
-def heart(n=90):
-    t = np.arange(n) * 2 * np.pi / n
+def heart(t):
     y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
     return np.stack([16 * np.sin(t) ** 3, -y], 1) / 18
 
@@ -338,18 +338,18 @@ def corners(*points):
 
 # The outline of each, within the unit circle, and then the hole if it has one.
 SHAPES = {
-    'circle': [curve(lambda a: 0.85)],
+    'circle': [curve(0.85)],
     'cross': [corners(-.3, -.9, .3, -.9, .3, -.3, .9, -.3, .9, .3, .3, .3,
                       .3, .9, -.3, .9, -.3, .3, -.9, .3, -.9, -.3, -.3, -.3)],
-    'flower': [curve(lambda a: 0.74 + 0.26 * np.cos(5 * a)), curve(lambda a: 0.24)],
-    'heart': [heart()],
+    'flower': [curve(0.74 + 0.26 * np.cos(5 * ANGLE)), curve(0.24)],
+    'heart': [heart(ANGLE)],
     'house': [corners(0, -1, .95, -.1, .7, -.1, .7, .85, -.7, .85, -.7, -.1, -.95, -.1),
               corners(-.2, .9, -.2, .2, .2, .2, .2, .9)],
-    'moon': [curve(lambda a: 0.95), curve(lambda a: 0.75) + (0.45, -0.15)],
-    'ring': [curve(lambda a: 0.92), curve(lambda a: 0.48)],
+    'moon': [curve(0.95), curve(0.75) + (0.45, -0.15)],
+    'ring': [curve(0.92), curve(0.48)],
     'square': [corners(-.75, -.75, .75, -.75, .75, .75, -.75, .75)],
-    'star': [curve(lambda a: np.tile([1, 0.42], 5), 10)],
-    'triangle': [curve(lambda a: 1, 3) + (0, 0.2)],
+    'star': [curve(np.tile([1, 0.42], 5), 10)],
+    'triangle': [curve(1, 3) + (0, 0.2)],
 }
 
 
@@ -482,10 +482,8 @@ def load(dataset, order, workers, pin=False):
 
 def batches(data, image_size, batch_size, seed, flip, start, steps, rank=0, world=1, workers=0, pin=False):
     """Yield images (b, 3, H, W) uint8, labels (b,) int64 and the number of images replaced, for the steps
-    from `start` to `steps` - 1. b = batch_size / world, a whole number. UserError if over 1% can't be read.
-
-    Each epoch is one permutation; they follow each other without a gap, so a batch may span several.
-    """
+    from `start` to `steps` - 1. b = batch_size / world, a whole number. Each epoch is one permutation; they
+    follow each other without a gap, so a batch may span several. UserError if over 1% can't be read."""
     dataset = Steps(data, image_size, batch_size, seed, flip, rank, world)
     names, count, seen = [], 0, 0
     try:
@@ -519,9 +517,7 @@ class Pngs(Dataset):
 
 def recover(path):
     """An unfinished zip of ours -> ZipInfo of each complete entry. What follows the last of them is cut off.
-
-    The zip's directory is not written yet, but its entries stand in a row: header, name, extras, data.
-    """
+    The zip's directory is not written yet, but its entries stand in a row: header, name, extras, data."""
     infos, end = [], 0
     with open(path, 'a+b') as f:
         f.seek(0)
@@ -541,11 +537,9 @@ def recover(path):
 
 def pack(data, path, size, workers):
     """Write `data`, cropped, to a zip of PNGs called class/number.png -> names of the unreadable, left out.
-
-    If interrupted, it leaves a file *.partial, from which the next call goes on.
-    """
+    If interrupted, it leaves a file *.partial, from which the next call goes on."""
     def entry(i):
-        return ''.join(f'{name}/' for name in data.class_names[data.labels[i]:][:1]) + f'{i:08d}.png'
+        return posixpath.join(*data.class_names[data.labels[i]:][:1], f'{i:08d}.png')
 
     partial, broken = f'{path}.{size}.partial', []
     done = recover(partial)

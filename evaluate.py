@@ -10,6 +10,7 @@
 Prints a table, and the same as JSON in the last line. Inception's weights are those of pytorch-fid's release
 (91 MB, downloaded once); --features random does without, to try things out, but its numbers are not FID.
 """
+from collections import OrderedDict
 import contextlib
 from dataclasses import dataclass
 import hashlib
@@ -18,7 +19,6 @@ import json
 import math
 from multiprocessing.pool import ThreadPool
 import os
-import struct
 import time
 import zipfile
 import zlib
@@ -31,7 +31,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import CACHE, Arrays, Unreadable, UserError, cli, crop, fetch, open_data
+from data import (CACHE, Arrays, Folder, Unreadable, UserError, cli, crop, fetch, hexdigest, open_data,
+                  skip_header)
 from model import (RECON, check_sampling, find_place, generator, grid, load_lpips, load_model, option,
                    parse_options, sample_images, to_uint8)
 
@@ -81,15 +82,15 @@ class Options:
 
     def check(self):
         """Raise UserError for what can't be done."""
-        guided = any(self.cfg) or any(self.gamma) or self.guidance
-        tasks = [bool(self.reconstruct or self.latents), bool(self.classify), bool(guided)]
+        guided = bool(any(self.cfg) or any(self.gamma) or self.guidance)
+        tasks = [bool(self.reconstruct or self.latents), bool(self.classify), guided]
         for fine, sentence in (
                 (bool(self.samples) != bool(self.ckpt), 'name either samples to measure, or a --ckpt'),
-                (self.ckpt or not (self.reconstruct or self.latents or self.classify or guided),
+                (self.ckpt or not any(tasks),
                  '--reconstruct, --latents, --classify, --cfg, --gamma and --guidance need a --ckpt'),
                 (sum(tasks) < 2, '--reconstruct or --latents, --classify, and sampling with --cfg, --gamma '
                  'or --guidance are three runs: ask for one at a time'),
-                (self.ref or self.reconstruct or self.latents or self.classify,
+                (self.ref or any(tasks[:2]),
                  '--ref is missing, the images to compare with: a folder, a zip, an npz or a data set'),
                 (self.features in ('inception', 'random'),
                  f'--features {self.features} must be inception or random'),
@@ -104,26 +105,24 @@ class Options:
 
 # -------------------------------------------------------------------------------------------------- Inception
 
-class Conv(nn.Module):
-    def __init__(self, cin, cout, kernel, stride=1, padding=0):
-        super().__init__()
-        self.conv = nn.Conv2d(cin, cout, kernel, stride, padding, bias=False)
-        self.bn = nn.BatchNorm2d(cout, eps=1e-3, momentum=1.0)     # momentum: for random_inception alone
-
-    def forward(self, h):
-        return self.bn(self.conv(h)).relu_()
+def conv(cin, cout, kernel, stride=1, padding=0):
+    return nn.Sequential(OrderedDict(
+        conv=nn.Conv2d(cin, cout, kernel, stride, padding, bias=False),
+        bn=nn.BatchNorm2d(cout, eps=1e-3, momentum=1.0),           # momentum: for random_inception alone
+        relu=nn.ReLU(inplace=True)))
 
 
 AVERAGE = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
 MAXIMUM = nn.MaxPool2d(3, stride=1, padding=1)
 HALVE = nn.MaxPool2d(3, stride=2)
-FORK, ROW, COLUMN, ROW7, COLUMN7 = object(), (1, 3), (3, 1), (1, 7), (7, 1)
+ROW, COLUMN, ROW7, COLUMN7 = (1, 3), (3, 1), (1, 7), (7, 1)
+FORK = (384, ROW), (384, COLUMN)
 
 
 class Mixed(nn.Module):
     """Branches side by side, outputs concatenated. The last branch reads pool(h), and may be nothing else.
 
-    A branch is a chain of convolutions, (channels, kernel), padded to keep the size, or (channels, kernel,
+    A branch is a chain of convolutions, (channels, kernel), which keep the size, or (channels, kernel,
     stride), not padded. FORK is two of them side by side. Their names count along the chain.
     """
 
@@ -134,11 +133,10 @@ class Mixed(nn.Module):
             c, chain = cin, []
             for i, row in enumerate(rows, 1):
                 name = f'{branch}_{i}' if len(rows) > 1 else branch
-                pair = {name + 'a': (384, ROW), name + 'b': (384, COLUMN)} if row is FORK else {name: row}
+                pair = dict(zip((name + 'a', name + 'b'), FORK)) if row is FORK else {name: row}
                 for name, (cout, kernel, *stride) in pair.items():
-                    kernel = kernel if isinstance(kernel, tuple) else (kernel, kernel)
-                    padding = (0, 0) if stride else (kernel[0] // 2, kernel[1] // 2)
-                    self.add_module(name, Conv(c, cout, kernel, *stride, padding=padding))
+                    padding = 'valid' if stride else 'same'
+                    self.add_module(name, conv(c, cout, kernel, *stride, padding=padding))
                 c = cout
                 chain.append([self.get_submodule(name) for name in pair])
             self.chains.append(chain)
@@ -151,9 +149,9 @@ class Mixed(nn.Module):
         return torch.cat(outs, dim=1)
 
 
-def mixed_a(cin, c):
-    return Mixed(cin, AVERAGE, branch1x1=[(64, 1)], branch5x5=[(48, 1), (64, 5)],
-                 branch3x3dbl=[(64, 1), (96, 3), (96, 3)], branch_pool=[(c, 1)])
+A = dict(branch1x1=[(64, 1)], branch5x5=[(48, 1), (64, 5)], branch3x3dbl=[(64, 1), (96, 3), (96, 3)])
+E = dict(branch1x1=[(320, 1)], branch3x3=[(384, 1), FORK], branch3x3dbl=[(448, 1), (384, 3), FORK],
+         branch_pool=[(192, 1)])
 
 
 def mixed_c(c):
@@ -162,22 +160,18 @@ def mixed_c(c):
                  branch_pool=[(192, 1)])
 
 
-def mixed_e(cin, pool):
-    return Mixed(cin, pool, branch1x1=[(320, 1)], branch3x3=[(384, 1), FORK],
-                 branch3x3dbl=[(448, 1), (384, 3), FORK], branch_pool=[(192, 1)])
-
-
-class Inception(nn.Module):
+class Inception(nn.ModuleDict):
     """InceptionV3 (Szegedy et al. 2015, arXiv:1512.00567) in the graph of 2015-12-05, which defines FID: 1008
     logits, averages that leave the padding out, a maximum in Mixed_7c. Names are the released weights'."""
 
     def __init__(self):
-        super().__init__()
-        self.layers = {
-            'Conv2d_1a_3x3': Conv(3, 32, 3, stride=2), 'Conv2d_2a_3x3': Conv(32, 32, 3),
-            'Conv2d_2b_3x3': Conv(32, 64, 3, padding=1), 'pool_1': HALVE,
-            'Conv2d_3b_1x1': Conv(64, 80, 1), 'Conv2d_4a_3x3': Conv(80, 192, 3), 'pool_2': HALVE,
-            'Mixed_5b': mixed_a(192, 32), 'Mixed_5c': mixed_a(256, 64), 'Mixed_5d': mixed_a(288, 64),
+        super().__init__({
+            'Conv2d_1a_3x3': conv(3, 32, 3, stride=2), 'Conv2d_2a_3x3': conv(32, 32, 3),
+            'Conv2d_2b_3x3': conv(32, 64, 3, padding=1), 'pool_1': HALVE,
+            'Conv2d_3b_1x1': conv(64, 80, 1), 'Conv2d_4a_3x3': conv(80, 192, 3), 'pool_2': HALVE,
+            'Mixed_5b': Mixed(192, AVERAGE, **A, branch_pool=[(32, 1)]),
+            'Mixed_5c': Mixed(256, AVERAGE, **A, branch_pool=[(64, 1)]),
+            'Mixed_5d': Mixed(288, AVERAGE, **A, branch_pool=[(64, 1)]),
             'Mixed_6a': Mixed(288, HALVE, branch3x3=[(384, 3, 2)],
                               branch3x3dbl=[(64, 1), (96, 3), (96, 3, 2)], branch_pool=[]),
             'Mixed_6b': mixed_c(128), 'Mixed_6c': mixed_c(160), 'Mixed_6d': mixed_c(160),
@@ -185,20 +179,19 @@ class Inception(nn.Module):
             'Mixed_7a': Mixed(768, HALVE, branch3x3=[(192, 1), (320, 3, 2)],
                               branch7x7x3=[(192, 1), (192, ROW7), (192, COLUMN7), (192, 3, 2)],
                               branch_pool=[]),
-            'Mixed_7b': mixed_e(1280, AVERAGE), 'Mixed_7c': mixed_e(2048, MAXIMUM)}
-        for name, layer in self.layers.items():
-            self.add_module(name, layer)                           # by its released name; pools hold nothing
-        self.fc = nn.Linear(2048, 1008)
+            'Mixed_7b': Mixed(1280, AVERAGE, **E), 'Mixed_7c': Mixed(2048, MAXIMUM, **E),
+            'fc': nn.Linear(2048, 1008)})
 
     def forward(self, images):
         """(B, 3, H, W) uint8 -> pool features (B, 2048), logits without bias (B, 1008), spatial (B, 2023)"""
-        h = (resize(images.to(self.fc.weight.dtype), 299) - 128) / 128
-        for name, layer in self.layers.items():
+        *layers, (_, fc) = self.items()
+        h = (resize(images.to(fc.weight.dtype), 299) - 128) / 128
+        for name, layer in layers:
             h = layer(h)
             if name == 'Mixed_6d':
                 spatial = h[:, :7].permute(0, 2, 3, 1).flatten(1)  # (B, 17 * 17 * 7), for sFID
         pool = h.mean((2, 3))                                      # (B, 2048)
-        return pool, pool @ self.fc.weight.T, spatial
+        return pool, pool @ fc.weight.T, spatial
 
 
 def resize(x, size):
@@ -216,10 +209,8 @@ def resize(x, size):
 
 def random_inception(seed=0):
     """Inception with random weights: He's initialisation, random BatchNorm scales, running statistics of four
-    images of noise at all scales. Its features tell images apart, but not as FID's do.
-
-    From numpy's RandomState and in float64, so that it is the same network everywhere.
-    """
+    images of noise at all scales. Drawn by numpy and in float64, it is the same network everywhere. Its
+    features tell images apart, but not as FID's do."""
     rng, net = np.random.RandomState(seed), Inception().double()
     for name, value in sorted(net.state_dict().items()):
         if value.dim() > 1:
@@ -238,8 +229,8 @@ def load_inception(features, path):
     if features == 'random':
         return random_inception(), 'random'
     if path:                                                       # the user's own file: check, touch nothing
-        with reading(path), open(path, 'rb') as f:
-            seen = 'sha256:' + hashlib.sha256(f.read()).hexdigest()
+        with reading(path):
+            seen = 'sha256:' + hexdigest(path, 'sha256')
         if not seen.startswith(DIGEST):
             raise UserError(f'{path} has {seen[:15]}, and is not the file {WEIGHTS} ({DIGEST})')
     else:
@@ -259,10 +250,8 @@ def load_inception(features, path):
 # Inception score and its std; n; size. The table has - for what a file lacks.
 
 class Statistics:
-    """Sums over images, in float64. Memory does not grow with n, except for the features to keep.
-
-    n: images of all processes together.  keep: positions of those whose features to keep.
-    """
+    """Sums over the n images of all processes, in float64, and the features of those at the positions `keep`,
+    without which memory does not grow with n."""
 
     def __init__(self, net, n, keep, place):
         self.net, self.place, self.keep = net, place, np.isin(np.arange(n), keep)
@@ -284,8 +273,7 @@ class Statistics:
         p_log_p = (log_p.exp() * log_p).sum(1, keepdim=True)
         split = F.one_hot(torch.from_numpy(self.split[index]), SPLITS).to(log_p)   # (b, SPLITS)
         factors = (pool, pool), (spatial, spatial), (split, log_p.exp()), (split, p_log_p)
-        if not self.sums:
-            self.sums = [a.new_zeros(a.shape[1], b.shape[1]) for a, b in factors]
+        self.sums = self.sums or [a.new_zeros(a.shape[1], b.shape[1]) for a, b in factors]
         for total, (a, b) in zip(self.sums, factors):
             total.addmm_(a.T, b)                                   # in place: temporaries fragment memory
 
@@ -341,17 +329,13 @@ def frechet(mu_a, cov_a, mu_b, cov_b):
     return max(0.0, (A.trace() + B.trace() - 2 * root).item() + np.square(mu_a - mu_b).sum().item())
 
 
-def distances(points, centres):
-    """Yield Euclidean distances (some rows, len(centres)), float32, of a few points at a time."""
-    for part in points.split(max(1, 2 ** 25 // len(centres))):
-        yield torch.cdist(part, centres)
-
-
 def covered(points, centres):
     """The share of points (N, d) on the manifold of centres (M, d): in the ball of one of them, which reaches
     to its NEIGHBOURS-th nearest other centre (Kynkaanniemi et al. 2019, arXiv:1904.06991)."""
-    radii = torch.cat([d.kthvalue(1 + NEIGHBOURS).values for d in distances(centres, centres)])    # 1: itself
-    return torch.cat([(d <= radii).any(1) for d in distances(points, centres)]).double().mean().item()
+    rows, k = max(1, 2 ** 25 // len(centres)), 1 + NEIGHBOURS      # rows of distances at once; 1: itself
+    radii = torch.cat([torch.cdist(part, centres).kthvalue(k).values for part in centres.split(rows)])
+    inside = torch.cat([(torch.cdist(part, centres) <= radii).any(1) for part in points.split(rows)])
+    return inside.double().mean().item()
 
 
 def compare(sample, ref, device):
@@ -398,15 +382,12 @@ def reading(path):
         raise UserError(f'{path} cannot be read, or is damaged: {e}')
 
 
-def open_images(path):
-    """-> Data of a folder, a zip, a data set by name, or an npz: arr_0 (N, H, W, 3) uint8, as ADM has it."""
-    if not path.endswith('.npz'):
-        return open_data(path)
+def open_npz(path):
+    """-> Data of arr_0 (N, H, W, 3) uint8, as ADM has it"""
     with reading(path), zipfile.ZipFile(path) as z, open(path, 'rb') as f:
         info = z.getinfo('arr_0.npy')
         if info.compress_type == zipfile.ZIP_STORED:               # stays on disk: it may not fit in memory
-            f.seek(info.header_offset + 26)
-            f.seek(sum(struct.unpack('<HH', f.read(4))), os.SEEK_CUR)      # over the entry's name and extras
+            skip_header(f, info.header_offset)
             np.lib.format.read_magic(f)
             shape, fortran, dtype = np.lib.format.read_array_header_1_0(f)
             images = np.memmap(path, dtype, 'r', f.tell(), shape, 'F' if fortran else 'C')
@@ -424,20 +405,19 @@ def subset(n, limit):
 
 
 def load_images(data, index, size, batch_size, place):
-    """Yield this process's share of data[index]: positions in index (b,), images (b, H, W, 3) uint8.
-
-    size: pixels a side to crop to (ADM's centre crop), or None: as they are; UserError if not all are
-    square and of one size.
-    """
+    """Yield this process's share of data[index]: positions in index (b,), images (b, H, W, 3) uint8, cropped
+    to `size` pixels a side. None: as they are; UserError if not all are square and of one size."""
     def read(k):
         try:
             image = data.load(index[k])
         except Unreadable as e:
             raise UserError(f'an image cannot be read: {e}')
-        if size is None and image.size != (side, side):
+        if size:
+            return crop(image, size)
+        if image.size != (side, side):
             raise UserError(f'{data.name(index[k])} is {image.width} x {image.height}, but samples must be '
                             f'square and of one size; {data.name(index[0])} is {side} wide')
-        return np.array(image) if size is None else crop(image, size)
+        return np.array(image)
 
     side = data.load(index[0]).width
     mine = range(place.rank, len(index), place.world)
@@ -459,8 +439,8 @@ def content(path, data):
     """A key that changes with the images: of files the sizes, and checksums (zip, npz) or times (folder); of
     a data set by name, some of the pixels."""
     if os.path.isdir(path):
-        files = sorted(os.path.join(folder, file) for folder, _, names in os.walk(path) for file in names)
-        facts = [(os.path.relpath(f, path), os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files]
+        stats = {name: os.stat(os.path.join(path, name)) for name in Folder(path).names}
+        facts = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()]
     elif os.path.exists(path):
         with zipfile.ZipFile(path) as z:
             facts = sorted((info.filename, info.file_size, info.CRC) for info in z.infolist())
@@ -490,14 +470,6 @@ def load_statistics(path, facts):
     return have | theirs
 
 
-def save_statistics(path, statistics, facts):
-    """Atomic, as another evaluation may be looking."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(f'{path}.{os.getpid()}.tmp', 'wb') as f:
-        np.savez(f, facts=json.dumps(facts), **statistics)
-    os.replace(f.name, path)
-
-
 # --------------------------------------------------------------------------------------------- the evaluation
 
 class Evaluation:
@@ -518,24 +490,24 @@ class Evaluation:
             self.net.to(self.place.device, memory_format=torch.channels_last)
             self.prefix = '' if self.weights == DIGEST else 'random '      # of names that are not FID's
 
+    @torch.no_grad()
     def rows(self):
         """-> rows of the table, name -> value"""
         o = self.o
-        with torch.no_grad():
-            if o.samples:                                          # a bad --ref fails now, not in an hour
-                load_statistics(o.ref, {'inception': self.weights}) or self.open(o.ref, o.ref_n)
-                sample = self.statistics(o.samples, None, o.n)
-                ref = self.statistics(o.ref, sample['size'], o.ref_n)
-                return [{'samples': o.samples} | self.compare(sample, ref)]
-            if o.latents:
-                return self.latent_rows()
-            if o.classify:
-                return self.classify_rows()
-            return self.reconstruct_rows() if o.reconstruct else self.sample_rows()
+        if o.samples:                                              # a bad --ref fails now, not in an hour
+            load_statistics(o.ref, {'inception': self.weights}) or self.open(o.ref, o.ref_n)
+            sample = self.statistics(o.samples, None, o.n)
+            ref = self.statistics(o.ref, sample['size'], o.ref_n)
+            return [{'samples': o.samples} | self.compare(sample, ref)]
+        if o.latents:
+            return self.latent_rows()
+        if o.classify:
+            return self.classify_rows()
+        return self.reconstruct_rows() if o.reconstruct else self.sample_rows()
 
     def open(self, path, limit):
-        """-> Data, positions of those of its images to use"""
-        data = open_images(path)
+        """A folder, a zip, an npz, or a data set by name -> Data, positions of those of its images to use"""
+        data = open_npz(path) if path.endswith('.npz') else open_data(path)
         index, least = subset(len(data), limit), max(SPLITS, self.place.world)
         if len(index) < least:
             raise UserError(f'{path} has {len(data)} images; the numbers need {least} or more')
@@ -556,12 +528,10 @@ class Evaluation:
         return statistics.summary(name)
 
     def statistics(self, path, size, limit):
-        """Statistics of the samples in `path` as they are (size None), or of a reference cropped to `size`.
-
-        They are in the file, or made of its images. A reference is made once, and cached under what its
-        images are and what was done to them, so that no other is taken for it. Where statistics come with
-        images, as in ADM's files, the images are for precision and recall alone.
-        """
+        """Of the samples in `path` as they are (size None), or of a reference cropped to `size`: in the file,
+        or made of its images. A reference is made once, and cached under what its images are and what was
+        done to them, so that no other is taken for it. Where statistics come with images, as in ADM's files,
+        the images are for precision and recall alone."""
         want = {'size': size, 'resize': 'ADM centre crop, TF1 bilinear to 299', 'inception': self.weights}
         given = load_statistics(path, want)
         if given and 'arr_0' not in given:
@@ -579,7 +549,10 @@ class Evaluation:
             batches = load_images(data, index, size, self.o.batch_size, self.place)
             made = self.measure(batches, len(index), subset(len(index), REFERENCES if size else 0), path)
             if size and self.place.rank == 0:
-                save_statistics(cached, made, facts)
+                os.makedirs(CACHE, exist_ok=True)
+                with open(f'{cached}.{os.getpid()}.tmp', 'wb') as f:       # another evaluation may be looking
+                    np.savez(f, facts=json.dumps(facts), **made)
+                os.replace(f.name, cached)
         return made | facts | given
 
     def compare(self, sample, ref):
@@ -595,11 +568,10 @@ class Evaluation:
         labels = torch.arange(o.n) % max(1, len(self.class_names))
         for images in sample_images(self.model, labels, o.seed, self.place, o.batch_size, cfg, gamma,
                                     guidance=o.guidance):
-            index = np.arange(start, start + len(images))
-            mine = index % self.place.world == self.place.rank
+            mine = np.arange(self.place.rank, len(images), self.place.world)
+            if len(mine):
+                yield start + mine, images[mine]
             start += len(images)
-            if mine.any():
-                yield index[mine], images[mine]
 
     def sample_rows(self):
         """Sample with every pair of --gamma and --cfg, compare all with one reference. Draws a curve."""
@@ -617,11 +589,9 @@ class Evaluation:
         return rows
 
     def encode(self, data, index):
-        """Yield this process's share of data[index]: positions (b,), (pixels (b, H, W, 3) uint8, image
-        (b, 3, H, W) in [-1, 1], y (b,), x (b, T, D), mu (b, T, D), sigma, noise (b, T, D)).
-
-        y: the data's classes where the model knows them by the same names, else "no class".
-        """
+        """Yield this process's share of data[index]: positions (b,), pixels (b, H, W, 3) uint8, image
+        (b, 3, H, W) in [-1, 1], y (b,), x (b, T, D), mu (b, T, D), sigma, noise (b, T, D). y: the data's
+        classes where the model knows them by the same names, else "no class"."""
         shape, null = self.model.flow.shape, self.model.flow.null_class
         known = self.class_names == data.class_names
         batches = load_images(data, index, self.config.image_size, self.o.batch_size, self.place)
@@ -632,7 +602,7 @@ class Evaluation:
             noise = torch.stack([torch.randn(shape, generator=g) for g in seeds]).to(image.device)
             with self.place.autocast():
                 x, mu, sigma = self.model.latents(image, noise)
-            yield k, (pixels, image, y, x, mu, sigma, noise)
+            yield k, pixels, image, y, x, mu, sigma, noise
 
     def decode(self, x):
         """(b, T, D) -> (b, 3, H, W)"""
@@ -658,35 +628,33 @@ class Evaluation:
         if self.o.features == 'inception':
             lpips = load_lpips(self.o.lpips_vgg, self.o.lpips_heads).to(self.place.device)
         statistics = {x: Statistics(self.net, len(index), [], self.place) for x in ('mu + sigma eps', 'mu')}
+        values, rows = {name: [] for name in statistics}, []
         exact = self.config.prior != 'sit'                         # which has no likelihood
-
-        def batches():
-            for k, (pixels, image, y, x, mu, sigma, noise) in self.encode(data, index):
-                values, clean = {}, self.model.noise.add(mu, sigma, torch.zeros_like(noise))
-                with self.place.autocast():
-                    rate = self.model.rate(self.model.flow.nll(x, y), sigma) / math.log(2)
-                for name, latents in zip(statistics, (x, clean)):
-                    recon = self.decode(latents)
-                    a, b = unit(to_uint8(recon)), unit(pixels)
-                    values |= {(name, 'PSNR'): psnr(a, b), (name, 'SSIM'): ssim(a, b)}
-                    if lpips:
-                        a, b = [(2 * t - 1).to(image.device) for t in (a, b)]
-                        values[name, 'LPIPS'] = lpips(a, b).flatten()
-                    if latents is x and exact:
-                        values[name, 'rate'] = rate
-                    if latents is x and exact and self.config.codec != 'pixels':     # which decode exactly
-                        bits = distortion(image, recon, self.o.decoder_std)
-                        values[name, 'ELBO'] = rate * x[0].numel() / image[0].numel() + bits
-                    statistics[name].add(k, to_uint8(recon))
-                yield values
-
-        totals, rows = self.means(batches(), len(index)), []
+        for k, pixels, image, y, x, mu, sigma, noise in self.encode(data, index):
+            clean = self.model.noise.add(mu, sigma, torch.zeros_like(noise))
+            with self.place.autocast():
+                rate = self.model.rate(self.model.flow.nll(x, y), sigma) / math.log(2)
+            for name, latents in zip(statistics, (x, clean)):
+                recon = self.decode(latents)
+                statistics[name].add(k, to_uint8(recon))
+                a, b = unit(to_uint8(recon)), unit(pixels)
+                value = {'PSNR': psnr(a, b), 'SSIM': ssim(a, b)}
+                if lpips:
+                    a, b = [(2 * t - 1).to(image.device) for t in (a, b)]
+                    value['LPIPS'] = lpips(a, b).flatten()
+                if latents is x and exact:
+                    value['rate'] = rate
+                if latents is x and exact and self.config.codec != 'pixels':         # which decode exactly
+                    bits = distortion(image, recon, self.o.decoder_std)
+                    value['ELBO'] = rate * x[0].numel() / image[0].numel() + bits
+                values[name].append(value)
         for name, statistic in statistics.items():
+            means = self.means(values[name], len(index))
             recons = statistic.summary('reconstructions')
             if self.place.rank == 0:                               # which alone has read a cached reference
                 rfid = frechet(recons['mu'], recons['sigma'], ref['mu'], ref['sigma'])
                 rows.append({'decoded': name, 'n': len(index), self.prefix + 'rFID': rfid}
-                            | {key: total.item() for (which, key), total in totals.items() if which == name})
+                            | {key: mean.item() for key, mean in means.items()})
         return rows
 
     def classify_rows(self):
@@ -698,37 +666,32 @@ class Evaluation:
                             'trained with, by the same names')
         if self.config.prior == 'sit' or not self.config.layers:
             raise UserError(f'--classify needs a flow, and {self.o.ckpt} has none')
-        seconds, seen, labels = dict.fromkeys(CLASSIFIERS, 0.0), [], []
-
-        def batches():
-            for _, (_, _, y, x, *_) in self.encode(data, index):
-                seen.append({})
-                labels.append(y.cpu())
-                for name, classify in CLASSIFIERS.items():
-                    start = time.perf_counter()
-                    with self.place.autocast():
-                        seen[-1][name] = classify(self.model.flow, x).cpu()          # waits for the device
-                    seconds[name] += time.perf_counter() - start
-                yield seen[-1]
-
-        n, mean = len(index), self.means(batches(), len(index))    # name -> (classes,)
-        answers = ({(name, less): (scores[name] - less * mean[name]).argmax(1) == y
-                    for name in CLASSIFIERS for less in (0, 1)} for scores, y in zip(seen, labels))
-        right = self.means(answers, n)
-        return [{'classifier': name, 'n': n, 'accuracy': right[name, 0].item(),
-                 'centred': right[name, 1].item(), 'ms an image': 1000 * seconds[name] * self.place.world / n}
-                for name in CLASSIFIERS]
+        seconds, scores, labels = dict.fromkeys(CLASSIFIERS, 0.0), {name: [] for name in CLASSIFIERS}, []
+        for _, _, _, y, x, *_ in self.encode(data, index):
+            labels.append(y.cpu())
+            for name, classify in CLASSIFIERS.items():
+                start = time.perf_counter()
+                with self.place.autocast():
+                    scores[name].append(classify(self.model.flow, x).cpu())          # waits for the device
+                seconds[name] += time.perf_counter() - start
+        n, y, rows = len(index), torch.cat(labels), []
+        for name in CLASSIFIERS:
+            score = torch.cat(scores[name])                        # (this process's share of n, classes)
+            centred = score - self.means([{'mean': score}], n)['mean']
+            right = torch.stack([score.argmax(1) == y, centred.argmax(1) == y], dim=1)
+            accuracy, fair = self.means([{'right': right}], n)['right'].tolist()
+            rows.append({'classifier': name, 'n': n, 'accuracy': accuracy, 'centred': fair,
+                         'ms an image': 1000 * seconds[name] * self.place.world / n})
+        return rows
 
     def latent_rows(self):
-        """Statistics of mu, and process 0's pictures of the latent space.
-
-        std of mu is over images, at each token and channel, then averaged: it falls when the encoder
-        collapses. (Over all elements it is 1 by the LayerNorm.) Noise on mu is in units of an image's std.
-        """
+        """Statistics of mu, and process 0's pictures of the latent space. std of mu is over images, at each
+        token and channel, then averaged: it falls when the encoder collapses. (Over all elements it is 1 by
+        the LayerNorm.) Noise on mu is in units of an image's std."""
         data, index = self.open(self.o.reconstruct or self.config.data, self.o.n)
 
         def batches():
-            for _, (pixels, _, _, _, mu, _, noise) in self.encode(data, index):
+            for _, pixels, _, _, _, mu, _, noise in self.encode(data, index):
                 unit_noise = mu.std((1, 2), keepdim=True) * noise
                 recons = [to_uint8(self.decode(mu + level * unit_noise)) for level in LEVELS]
                 values = torch.stack([psnr(unit(recon), unit(pixels)) for recon in recons], dim=1)
@@ -747,17 +710,17 @@ class Evaluation:
         plot(self.path('latents_noise.png'), {f'sigma {self.config.sigma:g}': list(zip(LEVELS, noisy))},
              'noise on mu, in standard deviations of mu', 'PSNR of decode(mu + noise), dB')
         count, edges = np.histogram(std, bins=10)
-        steps = [(x, y) for i, y in enumerate(count) for x in edges[i:i + 2]]
-        steps = {'': [(edges[0], 0), *steps, (edges[-1], 0)]}
-        plot(self.path('latents_std.png'), steps, 'std of mu', 'channels')
+        steps = zip(np.repeat(edges, 2), [0, *np.repeat(count, 2), 0])
+        plot(self.path('latents_std.png'), {'': list(steps)}, 'std of mu', 'channels')
         some = np.random.default_rng(self.o.seed).permutation(len(data))[:8]     # of any class
         pixels = np.stack([crop(data.load(i), self.config.image_size) for i in some])
         with self.place.autocast():
             ends, _ = self.model.vae.encode((2 * unit(pixels) - 1).to(self.place.device))          # (8, T, D)
         way = torch.linspace(0, 1, 9, device=ends.device).view(9, 1, 1)
         rows = []
-        for a, b in zip(range(4), range(4, 8)):
-            rows += [pixels[a], *to_uint8(self.decode(torch.lerp(ends[a], ends[b], way))), pixels[b]]
+        for i in range(4):
+            between = to_uint8(self.decode(torch.lerp(ends[i], ends[i + 4], way)))
+            rows += [pixels[i], *between, pixels[i + 4]]
         grid(np.stack(rows), 11).save(self.path('latents_interpolation.png'))
 
     def path(self, name):
@@ -768,11 +731,9 @@ class Evaluation:
 
 
 def by_gradient(flow, x):
-    """Flowing Backwards' training-free classifier (Chen et al. 2025): x (B, T, D) -> scores (B, classes)
-
-    In every block the class embedding is softmax(l) @ E, at l = 0 the mean of all; the answer is the logit
-    that log p(x | l) would raise most. One forward, one backward, whatever the number of classes.
-    """
+    """Flowing Backwards' training-free classifier (Chen et al. 2025): x (B, T, D) -> scores (B, classes). In
+    every block the class embedding is softmax(l) @ E, at l = 0 the mean of all; the answer is the logit that
+    log p(x | l) would raise most. One forward, one backward, whatever the number of classes."""
     with torch.enable_grad():
         logits = x.new_zeros(len(x), flow.null_class, requires_grad=True)
         log_p = flow.log_prob(*flow(x, logits.softmax(1)))
@@ -789,12 +750,12 @@ CLASSIFIERS = {'gradient at softmax(0)': by_gradient, 'largest likelihood': by_l
 
 
 def distortion(image, recon, std):
-    """Two (b, 3, H, W) -> (b,) bits a pixel value: -log2 p(image | x), where p is Gaussian about recon.
+    """Two (b, 3, H, W) -> (b,) bits a pixel value: -log2 p(image | x), where p is Gaussian about recon. For
+    each value, as levels are 1 / 127.5 apart,
 
-    For each value, as levels are 1 / 127.5 apart,
-    -log2 p = ((image - recon)^2 / (2 std^2) + log(std sqrt(2 pi))) / log 2 + log2(127.5).
-    With the rate, KL(q(x | image) || p(x)), it makes the negative ELBO. The rate is small where the encoder
-    collapses, the ELBO large.
+        -log2 p = ((image - recon)^2 / (2 std^2) + log(std sqrt(2 pi))) / log 2 + log2(127.5).
+
+    With the rate it makes the negative ELBO. That is large where the encoder collapses, the rate small.
     """
     error = (image - recon).square().mean((1, 2, 3)) / (2 * std ** 2)
     return (error + math.log(std * math.sqrt(2 * math.pi))) / math.log(2) + math.log2(127.5)
