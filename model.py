@@ -44,8 +44,7 @@ class Config:
     """Everything that makes a run. The fields are train.py's options; a preset only changes their
     defaults."""
     model: str = option('nano', 'preset: a row of PRESETS')
-    data: str = option('imagenet/train', 'shapes, cifar10, fashion_mnist, or a folder or zip of '
-                       'class folders')
+    data: str = option('imagenet/train', 'shapes, cifar10, fashion_mnist, or a folder or zip')
     out: str = option('out', 'output directory; an unfinished run found there is resumed')
     image_size: int = option(256, 'pixels a side')
     flip: bool | None = option(None, 'random mirror images; default: where the data allows')
@@ -62,13 +61,11 @@ class Config:
     prior: str = option('flow', 'of the latents: flow, vp (volume preserving), or sit (diffusion)')
     width: int = option(1152, "width of the flow's transformers, C")
     heads: int = option(16, 'attention heads')
-    layers: tuple[int, ...] = option((2, 2, 2, 2, 2, 46),
-                                     'layers of each block of the flow, image -> noise')
+    layers: tuple[int, ...] = option((2, 2, 2, 2, 2, 46), 'layers of each block, image -> noise')
     guidance: str = option('starflow', 'how --cfg guides: a row of GUIDANCE in flow.py')
     denoise: bool = option(False, "end sampling by TARFlow's denoising step (Tweedie)")
 
-    init: str = option('', 'checkpoint of another run to start from, its codec and, where it is of '
-                           'one shape, its flow')
+    init: str = option('', 'checkpoint to start from: its codec and, if of one shape, its flow')
     freeze: str = option('', 'what keeps the weights of --init: encoder, or vae (both halves)')
 
     rate: float = option(1.0, 'weight of the rate: nll less the entropy of a learned variance')
@@ -77,8 +74,7 @@ class Config:
     lpips: float = option(1.0, 'weight of the perceptual loss; 0 is off')
     lpips_vgg: str = option('', "torchvision's VGG16 weights; default: download once")
     lpips_heads: str = option('', "LPIPS v0.1's linear heads; default: download once")
-    align: str = option('', 'features to align with a teacher: forward (REPA-E), reverse or '
-                            'reverse_through (R-REPA)')
+    align: str = option('', 'with a teacher: forward (REPA-E), reverse, reverse_through (R-REPA)')
     repa: str = option('dinov2', 'the teacher: dinov2 (downloaded once), random, a file of '
                       "DINOv2's weights, or a network that torch.export saved, X.pt2")
     repa_weight: float = option(1.0, 'weight of the alignment')
@@ -87,8 +83,7 @@ class Config:
     repa_width: int = option(2048, 'of the MLP between')
     gan: float = option(0.1, 'weight of the adversarial loss; 0 is off')
     gan_start: int = option(0, 'first step with the adversarial loss')
-    gan_adaptive: bool = option(True, 'scale that weight by the ratio of gradient norms at the '
-                                      'last layer')
+    gan_adaptive: bool = option(True, 'scale it by the ratio of gradient norms at the last layer')
     gan_lr: float = option(1e-4, 'learning rate of the discriminator')
     gan_width: int = option(64, 'channels of its first layer')
     gan_layers: int = option(3, 'its stride-2 layers')
@@ -109,8 +104,7 @@ class Config:
     seed: int = option(0, 'of everything random')
 
     device: str = option('', 'cuda, mps, cpu; default: the best there is')
-    dtype: str = option('', 'float32 or bfloat16 (autocast); default: bfloat16 on GPUs that have '
-                            'it')
+    dtype: str = option('', 'float32 or bfloat16 (autocast); default: bfloat16 if the GPU has it')
     compile: bool | None = option(None, 'torch.compile; default: on CUDA GPUs')
     grad_accum: int = option(1, 'micro-batches a step')
     grad_ckpt: bool = option(False, 'recompute activations in backward: slower, less memory')
@@ -135,21 +129,18 @@ class Config:
                 raise UserError(sentence)
 
         for name, table in TABLES.items():
-            value = getattr(self, name)
-            require(value in table, f'--{name} {value} must be one of: '
+            require(getattr(self, name) in table, f'--{name} {getattr(self, name)} must be one of: '
                     f'{", ".join(row or "(nothing)" for row in table)}')
-        for name in ('layers', 'vae_mults'):
-            require(all(n > 0 for n in getattr(self, name)),
-                    f'--{name} must be positive integers, such as 2,2,6')
+        values, several = vars(self), 'must be positive integers, such as 2,2,6'
+        require(min(self.layers, default=1) > 0, f'--layers {several}')
+        require(min(self.vae_mults, default=0) > 0, f'--vae_mults {several}')
         for name in POSITIVE:
-            value = getattr(self, name)
-            require(value > 0, f'--{name} must be positive, not {value}')
-        for name in NOT_NEGATIVE:
-            value = getattr(self, name)
-            require(value >= 0, f'--{name} must not be negative, but is {value}')
+            require(values[name] > 0, f'--{name} must be positive, not {values[name]}')
         for name in SHARES:
-            value = getattr(self, name)
-            require(0 <= value <= 1, f'--{name} must be between 0 and 1, not {value}')
+            require(0 <= values[name] <= 1, f'--{name} must be between 0 and 1, not {values[name]}')
+        for name, value in values.items():
+            require(not isinstance(value, (int, float)) or value >= 0,
+                    f'--{name} must not be negative, but is {value}')
         require(self.image_size % self.factor == 0, f'--image_size {self.image_size} must be a '
                 f'multiple of the down-sampling factor {self.factor}')
         require(self.width % self.heads == 0,
@@ -167,27 +158,26 @@ class Config:
 
     def check_system(self, require):
         """The same, for what only some presets use."""
-        require(self.codec != 'pixels' or len(self.vae_mults) == 1,
+        pixels, learned, sit = self.codec == 'pixels', self.codec == 'learned', self.prior == 'sit'
+        require(not pixels or len(self.vae_mults) == 1,
                 '--codec pixels cuts patches of --vae_patch once: --vae_mults 1')
-        require(self.codec != 'pixels' or self.latent_dim in (self.vae_patch ** 2,
-                                                              3 * self.vae_patch ** 2),
+        require(not pixels or self.latent_dim / self.vae_patch ** 2 in (1, 3),
                 f'--latent_dim {self.latent_dim} must be --vae_patch^2 times 3, or 1 for grey')
-        require(self.layers or self.prior != 'sit' and self.codec != 'pixels'
-                and self.freeze != 'vae', '--layers must name some: nothing else would be trained')
-        require(not self.denoise or self.noise == 'additive' and self.codec != 'learned',
+        require(self.layers or not (sit or pixels or self.freeze == 'vae'),
+                '--layers must name some: nothing else would be trained')
+        require(not self.denoise or self.noise == 'additive' and not learned,
                 '--denoise is for --noise additive of a constant --sigma')
-        require(self.codec != 'pixels' or self.gan == self.lpips == 0 and not self.freeze,
+        require(not (pixels and (self.gan or self.lpips or self.freeze)),
                 '--codec pixels has nothing to learn: leave --gan, --lpips and --freeze at 0')
-        require(self.noise == 'additive' or self.codec != 'learned',
+        require(not learned or self.noise == 'additive',
                 f'--noise {self.noise} needs a constant variance, not --codec learned')
         require(self.noise not in ('linear', 'slerp') or self.sigma <= 1,
                 f'--noise {self.noise} needs a --sigma of at most 1, not {self.sigma}')
-        stage_one = 'vae_learned' if self.codec == 'learned' else 'vae'
         require(not self.freeze or self.init, f'--freeze {self.freeze} needs --init, a checkpoint '
-                f"of its VAE, such as python train.py --model {stage_one}'s")
+                f"of its VAE, such as python train.py --model vae{'_learned' * learned}'s")
         require(not (self.freeze == 'vae' and (self.gan or self.lpips)),
                 '--freeze vae leaves --gan and --lpips nobody to teach: set both to 0')
-        require(self.prior != 'sit' or not self.align and not self.denoise,
+        require(not (sit and (self.align or self.denoise)),
                 '--align and --denoise need a flow, not --prior sit')
         require(not self.align or self.repa_block <= len(self.layers)
                 and self.repa_layer <= self.layers[self.repa_block - 1],
@@ -197,8 +187,6 @@ class Config:
 
 POSITIVE = ('image_size latent_dim vae_width vae_patch width heads gan_width gan_layers batch_size '
             'grad_accum lr clip log_interval repa_block repa_layer repa_width').split()
-NOT_NEGATIVE = ('sigma l1 l2 lpips gan gan_start gan_lr epochs steps stop_at lr_end warmup seed '
-                'workers save_interval sample_interval rate repa_weight weight_decay').split()
 SHARES = 'class_drop constant ema beta2'.split()
 
 # A row is what differs from Config's defaults, which are XXL's (SimFlow Tables 8 and 9).
@@ -211,8 +199,6 @@ NANO = dict(data='shapes', image_size=32, latent_dim=16, vae_width=64, vae_mults
             gan_width=32, gan_layers=2, batch_size=32, steps=2500, lr=1e-3, lr_end=2e-5,
             warmup=100, beta2=0.99, ema=0.999, workers=1, log_interval=50, save_interval=250,
             sample_interval=500)
-XXL = dict(width=1152, heads=16, layers=(2, 2, 2, 2, 2, 46))
-REPA_E = dict(align='forward', repa_weight=1.0, repa_block=3, repa_layer=1)
 LEARNED = NANO | dict(codec='learned', sigma=0.0, latent_norm=False)
 # Blocks of equal depth, every one guided, a denoising step at the end.
 TARFLOW = NANO | dict(codec='pixels', latent_dim=48, sigma=0.05, layers=(2, 2, 2, 2), l2=0.0,
@@ -223,8 +209,8 @@ PRESETS = {
     'B': dict(width=768, heads=12, layers=(2, 2, 2, 2, 2, 2)),
     'L': dict(width=1024, heads=16, layers=(2, 2, 2, 2, 2, 14)),
     'XL': dict(width=1152, heads=16, layers=(2, 2, 2, 2, 2, 18)),
-    'XXL': XXL,
-    'XXL_repa': XXL | REPA_E,
+    'XXL': dict(width=1152, heads=16, layers=(2, 2, 2, 2, 2, 46)),
+    'XXL_repa': dict(align='forward'),
     # What the papers compare with, at nano's size. Noise (SimFlow Table 6):
     'no_noise': NANO | dict(sigma=0.0),                            # collapses
     'linear': NANO | dict(noise='linear'),
@@ -244,7 +230,7 @@ PRESETS = {
     'tarflow_bits': TARFLOW | dict(latent_dim=16, noise='uniform', sigma=1 / 255, denoise=False,
                                    dtype='float32'),
     # A teacher for the flow's features (REPA-E; Flowing Backwards), here a random network:
-    'repa': NANO | REPA_E | dict(repa='random', repa_block=2, repa_width=256),
+    'repa': NANO | dict(align='forward', repa='random', repa_block=2, repa_width=256),
     'r_repa': NANO | dict(align='reverse', repa='random', repa_weight=0.1, repa_layer=2,
                           repa_width=256),
     # A diffusion model for the flow (Table 7):
@@ -516,6 +502,13 @@ class Place:
             raise result[0]
         return result[0]
 
+    def in_turn(self, work):
+        """Result of work() on each process, first on 0, which may download what the others then
+        find. The UserError that 0 raised on all of them."""
+        done = []
+        self.first(lambda: done.append(work()))
+        return done[0] if done else work()
+
     def print(self, text):
         if self.rank == 0:
             tqdm.write(text)                                       # above a progress bar, if any
@@ -528,9 +521,8 @@ def find_place(device='', dtype='', compile=None):
     if not device:
         device = ('cuda' if torch.cuda.is_available() else
                   'mps' if torch.backends.mps.is_available() else 'cpu')
-    local = int(os.environ.get('LOCAL_RANK', 0))
     if device == 'cuda' and 'LOCAL_RANK' in os.environ:
-        device = f'cuda:{local}'
+        device = f'cuda:{os.environ["LOCAL_RANK"]}'
     try:
         device = torch.device(device)
         torch.zeros(1, device=device)
@@ -705,22 +697,19 @@ class LPIPS(nn.Module):
     Two images (B, 3, H, W) in [-1, 1] -> (B,): squared differences of channel-normalised features,
     weighted channel by channel (the heads), averaged over positions, summed over five depths.
     """
-    PLAN = (64, 64, 'pool', 128, 128, 'pool', 256, 256, 256, 'pool', 512, 512, 512, 'pool',
-            512, 512, 512)
-    # Depths: the index in torchvision's vgg16().features, and its channels.
-    TAPS = {3: 64, 8: 128, 15: 256, 22: 512, 29: 512}
+    DEPTHS = (2, 64), (2, 128), (3, 256), (3, 512), (3, 512)       # VGG16's convolutions, channels
 
     def __init__(self):
         super().__init__()
-        layers, cin = [], 3
-        for c in self.PLAN:
-            if c == 'pool':
-                layers += [nn.MaxPool2d(2)]
-            else:
+        layers, cin, self.ends = [], 3, []
+        for convolutions, c in self.DEPTHS:
+            layers += [nn.MaxPool2d(2)] * (cin > 3)
+            for _ in range(convolutions):
                 layers += [nn.Conv2d(cin, c, 3, padding=1), nn.ReLU()]
                 cin = c
-        self.features = nn.Sequential(*layers)
-        self.heads = nn.ParameterList(torch.zeros(1, c, 1, 1) for c in self.TAPS.values())
+            self.ends.append(len(layers))
+        self.features = nn.Sequential(*layers)                     # as torchvision numbers them
+        self.heads = nn.ParameterList(torch.zeros(1, c, 1, 1) for _, c in self.DEPTHS)
         self.register_buffer('shift', torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
         self.register_buffer('scale', torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
         self.eval().requires_grad_(False)
@@ -735,13 +724,11 @@ class LPIPS(nn.Module):
 
     def forward(self, a, b):
         total, h = 0, (torch.cat([a, b]) - self.shift) / self.scale
-        for i, layer in enumerate(self.features):
-            h = layer(h)
-            if i in self.TAPS:                                     # float32: squares underflow
-                f = h.float()
-                unit_a, unit_b = (f / (f.norm(dim=1, keepdim=True) + 1e-10)).chunk(2)
-                head = self.heads[list(self.TAPS).index(i)]        # (1, c, 1, 1)
-                total = total + (head * (unit_a - unit_b).square()).sum(1).mean((1, 2))
+        for start, end, head in zip([0, *self.ends], self.ends, self.heads):
+            h = self.features[start:end](h)
+            f = h.float()                                          # squares underflow in bf16
+            unit_a, unit_b = (f / (f.norm(dim=1, keepdim=True) + 1e-10)).chunk(2)
+            total = total + (head * (unit_a - unit_b).square()).sum(1).mean((1, 2))
         return total
 
 
@@ -881,15 +868,6 @@ def load_exported(path):
     return net
 
 
-def teacher_file(path):
-    """What --repa names, for 'dinov2' the file, downloaded once. UserError if it can't be had."""
-    if path != 'dinov2':
-        return path
-    home = os.path.join(torch.hub.get_dir(), 'checkpoints', os.path.basename(DINOV2_URL))
-    return fetch(DINOV2_URL, home, DINOV2_DIGEST,
-                 "put it there by hand, name a copy with --repa, or train without: --align ''")
-
-
 def load_teacher(path, tokens, image_size):
     """-> a network for a square of tokens: 'random', 'dinov2' (ViT-B/14, downloaded once), a file
     of Meta's for ViT-S, B or L, or any other network in a .pt2. UserError if it can't be had, or
@@ -911,7 +889,10 @@ def read_teacher(path, side):
     """-> the network of load_teacher, for side x side tokens. UserError if it can't be had."""
     if path == 'random':
         return random_teacher(side)
-    path = teacher_file(path)
+    if path == 'dinov2':
+        home = os.path.join(torch.hub.get_dir(), 'checkpoints', os.path.basename(DINOV2_URL))
+        path = fetch(DINOV2_URL, home, DINOV2_DIGEST, 'put it there by hand, name a copy with '
+                     "--repa, or train without: --align ''")
     try:
         if path.endswith('.pt2'):
             return load_exported(path)

@@ -35,14 +35,13 @@ from flow import Layer
 from model import (LPIPS, PRESETS, PRIOR, RECON, TRAIN, Aligned, Config, DINOv2, Discriminator,
                    Place, SimFlow, adaptive_weight, alignment, find_place, from_uint8, generator,
                    grid, hinge, load_checkpoint, load_lpips, load_teacher, mix_seed, parse_options,
-                   sample_images, teacher_file, to_uint8)
+                   sample_images, to_uint8)
 
-# Resuming with another value of these would not be the same run.
-FIXED = ('image_size codec latent_dim vae_width vae_mults vae_patch latent_norm sigma noise prior '
-         'width heads layers freeze align repa repa_block repa_layer repa_width gan_width '
-         'gan_layers batch_size seed').split()
-# What makes a codec: the same for --init.
+# What makes a codec: with another value of these, --init would have nothing to take.
 CODEC = 'codec latent_dim latent_norm vae_width vae_mults vae_patch'.split()
+# Resuming with another value of these would not be the same run.
+FIXED = CODEC + ('image_size sigma noise prior width heads layers freeze align repa repa_block '
+                 'repa_layer repa_width gan_width gan_layers batch_size seed').split()
 # Dense bf16 FLOP/s, for the column mfu of the log.
 PEAK = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12, 'L40S': 362e12, '4090': 165e12}
 
@@ -90,9 +89,8 @@ class Trainer:
         self.names = ['loss', 'l1', 'l2', 'nll', 'entropy', 'mu_std', 'grad_norm', 'replaced']
         kind, more = SimFlow, []
         if config.align:
-            if not teacher:                                        # one process downloads
-                file = place.first(lambda: teacher_file(config.repa))
-                teacher = load_teacher(file, config.tokens, config.image_size)
+            teacher = teacher or place.in_turn(
+                lambda: load_teacher(config.repa, config.tokens, config.image_size))
             self.teacher = teacher.to(place.device)
             self.names.append('align')
             kind, more = Aligned, [self.teacher.width]
@@ -106,9 +104,9 @@ class Trainer:
         if place.compile:
             self.compile()
         if config.lpips:
-            lpips = lpips or place.first(
+            lpips = lpips or place.in_turn(
                 lambda: load_lpips(config.lpips_vgg, config.lpips_heads))
-            self.lpips = lpips.to(place.device)                    # one process downloads
+            self.lpips = lpips.to(place.device)
             self.names.append('lpips')
         if config.gan:
             self.disc = Discriminator(config.gan_width, config.gan_layers)
@@ -117,6 +115,7 @@ class Trainer:
             self.disc_ddp = place.distribute(self.disc)
             self.names += ['gan', 'd_weight', 'd_loss', 'logits_real', 'logits_fake', 'd_grad_norm']
         self.ddp = place.distribute(self.model)
+        self.ddps = [self.ddp] + ([self.disc_ddp] if config.gan else [])
         zeros = torch.zeros(len(self.names), device=place.device)
         self.totals, self.count = zeros, 0                         # since the log's last row
         self.failed, self.failed_step = zeros.bool(), zeros[0].long()
@@ -132,15 +131,6 @@ class Trainer:
             if any(True for _ in part.parameters()):               # cutting patches is no work
                 part.compile(fullgraph=True)
 
-    def sync(self, last):
-        """Context of a micro-batch, forward and backward: gradients travel with the last one."""
-        stack = contextlib.ExitStack()
-        if self.place.world > 1 and not last:
-            stack.enter_context(self.ddp.no_sync())
-            if self.config.gan:
-                stack.enter_context(self.disc_ddp.no_sync())
-        return stack
-
     def train_step(self, image, y, lr, replaced=0):
         """One optimisation step on this process's images (b, 3, H, W) uint8, `replaced` of them
         stand-ins for unreadable ones, and classes (b,)."""
@@ -153,8 +143,9 @@ class Trainer:
         for i in range(0, len(y), micro):
             part = slice(i, i + micro)
             batch = from_uint8(image[part]), y[part], noise[part]
-            with self.sync(last=i + micro == len(y)):
-                values.append(self.backward(*batch, adversarial))
+            for ddp in self.ddps:                                  # gradients travel with the last
+                ddp.require_backward_grad_sync = i + micro == len(y)
+            values.append(self.backward(*batch, adversarial))
         terms = {name: torch.stack([v[name] for v in values]).mean() for name in values[0]}
         # Its mean over the processes is then the sum.
         terms['replaced'] = torch.full_like(terms['loss'], replaced * place.world)
@@ -181,7 +172,8 @@ class Trainer:
         terms['mu_std'] = mu.detach().std(0).mean() if len(mu) > 1 else mu.new_zeros(())
         prior = c.rate * (terms['nll'] - terms['entropy'])
         if c.align:
-            terms['align'] = alignment(*projected, self.features(image))
+            with self.place.autocast():
+                terms['align'] = alignment(*projected, self.teacher(image))
             prior = prior + c.repa_weight * terms['align']
         terms['loss'] = rec + prior
         grad, = torch.autograd.grad(rec, seen)                     # (B, 3, H, W)
@@ -192,12 +184,6 @@ class Trainer:
         ends = [(recon, grad / c.grad_accum), (prior / c.grad_accum, None)]
         torch.autograd.backward(*zip(*(end for end in ends if end[0].requires_grad)))
         return {name: value.detach() for name, value in terms.items()}
-
-    @torch.no_grad()
-    def features(self, image):
-        """(b, 3, H, W) in [-1, 1] -> (b, T, F), the teacher's"""
-        with self.place.autocast():
-            return self.teacher(image)
 
     def adversary(self, image, recon, seen, grad_rec, terms):
         """The discriminator's gradients; for the generator, the weight and d gan / d recon, of
@@ -566,11 +552,10 @@ class Meter:
     utilisation."""
 
     def __init__(self, config, classes, place):
-        name = torch.cuda.get_device_name() if place.device.type == 'cuda' else ''
-        peaks = [flops for gpu, flops in PEAK.items()
-                 if gpu in name and place.dtype == torch.bfloat16]
-        self.peak_images = (peaks[0] * place.world / train_flops(config, classes) if peaks
-                            else math.nan)
+        known = place.device.type == 'cuda' and place.dtype == torch.bfloat16
+        name = torch.cuda.get_device_name() if known else ''
+        peak = max([flops for gpu, flops in PEAK.items() if gpu in name], default=0)
+        self.peak = peak and peak * place.world / train_flops(config, classes)   # images a second
         self.batch_size = config.batch_size
         self.reset()
 
@@ -588,8 +573,8 @@ class Meter:
         """Since the last call. mfu is empty where the peak of the device is not known."""
         seconds = time.perf_counter() - self.start
         rate = self.steps * self.batch_size / seconds
-        mfu = '' if math.isnan(self.peak_images) else rate / self.peak_images
-        row = {'images_per_s': rate, 'data_wait': self.waited / seconds, 'mfu': mfu}
+        row = {'images_per_s': rate, 'data_wait': self.waited / seconds,
+               'mfu': rate / self.peak if self.peak else ''}
         self.reset()
         return row
 
@@ -633,13 +618,12 @@ def train(config, data, place):
             bar.update()
             stopped = place.max(interrupt.signal)
             ends = trainer.step == last
-            due = [every and (trainer.step % every == 0) for every in
-                   (config.log_interval, config.save_interval, config.sample_interval)]
-            if due[0]:
+            due = lambda every: every and (ends or trainer.step % every == 0)
+            if trainer.step % config.log_interval == 0:
                 write_row(trainer, log, meter, lr, steps)
-            if due[1] or stopped or ends:                          # before the pictures: a second
+            if due(config.save_interval) or stopped or ends:       # before the pictures: a second
                 save(trainer, data)                                # signal may be a kill
-            if due[2] or config.sample_interval and ends:
+            if due(config.sample_interval):
                 save_pictures(trainer, data)
     return stopped
 
@@ -651,8 +635,8 @@ def main(argv):
         return print_plan(config)
     place = find_place(config.device, config.dtype, config.compile)
     check_batch(config, place.world)
-    broken = place.first(lambda: check(open_data(config.data)))    # downloads what is missing, once
-    data = open_data(config.data)
+    data = place.in_turn(lambda: open_data(config.data))
+    broken = place.first(lambda: check(data))
     place.print(f'{len(data):,} images, {len(data.class_names)} classes; '
                 f'{place.world} x {place.device.type}, {str(place.dtype).split(".")[1]}'
                 f'{", compiled" if place.compile else ""}')
