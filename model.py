@@ -41,8 +41,7 @@ def option(default, help):
 
 @dataclass
 class Config:
-    """Everything that makes a run. The fields are train.py's options; a preset only changes their
-    defaults."""
+    """Everything that makes a run. Fields are train.py's options; a preset changes defaults."""
     model: str = option('nano', 'preset: a row of PRESETS')
     data: str = option('imagenet/train', 'shapes, cifar10, fashion_mnist, or a folder or zip')
     out: str = option('out', 'output directory; an unfinished run found there is resumed')
@@ -154,6 +153,9 @@ class Config:
         require(self.l1 + self.l2 > 0 or self.codec == 'pixels',
                 'one of --l1 and --l2 must be positive: nothing else teaches the decoder')
         require(self.epochs + self.steps > 0, 'one of --steps and --epochs must be positive')
+        world = int(os.environ.get('WORLD_SIZE', 1))
+        require(self.batch_size % (world * self.grad_accum) == 0, f'--batch_size {self.batch_size} '
+                f'must be a multiple of {world} processes times --grad_accum {self.grad_accum}')
         self.check_system(require)
 
     def check_system(self, require):
@@ -192,8 +194,7 @@ SHARES = 'class_drop constant ema beta2'.split()
 # A row is what differs from Config's defaults, which are XXL's (SimFlow Tables 8 and 9).
 # nano is for a CPU. Patches of 4 pixels make its VAE small, and 64 tokens of 16 channels are easier
 # to learn for it than 16 of 64. Without a perceptual loss the pixel error needs the larger weight.
-# Without an adversarial one it is blurrier, but at this size the discriminator made it worse: see
-# the README.
+# Without an adversarial one it is blurrier, but at this size that made it worse: see the README.
 NANO = dict(data='shapes', image_size=32, latent_dim=16, vae_width=64, vae_mults=(1,), vae_patch=4,
             width=128, heads=2, layers=(2, 2, 4), l1=0.0, l2=100.0, lpips=0.0, gan=0.0,
             gan_width=32, gan_layers=2, batch_size=32, steps=2500, lr=1e-3, lr_end=2e-5,
@@ -329,9 +330,8 @@ class SimFlow(nn.Module):
         self.vae = CODECS[c.codec](c)
         self.flow = PRIORS[c.prior](c.latent_dim, c.tokens, c.width, c.heads, c.layers, classes)
         self.noise, self.guidance, self.denoise = NOISE[c.noise], c.guidance, c.denoise
-        frozen = {'': [], 'encoder': [self.vae.encoder], 'vae': [self.vae]}
-        for module in frozen[c.freeze]:
-            module.requires_grad_(False)
+        if c.freeze:
+            {'encoder': self.vae.encoder, 'vae': self.vae}[c.freeze].requires_grad_(False)
 
     def latents(self, image, noise):
         """image (B, 3, H, W) in [-1, 1], noise (B, T, D) -> x = mu + sigma * noise, mu, both
@@ -388,8 +388,7 @@ def learned_entropy(sigma, like):
 
 def generative_pass(flow, inputs, z, y, block):
     """The way back from z to the input of a block (counted from 1), teacher-forced so that all
-    tokens go at once: block t inverts with mu and log_scale of its input in the forward pass,
-    detached,
+    tokens go at once: block t inverts with mu and log_scale of its detached input going forward,
 
         z_(t-1) = mu_t(sg x_(t-1)) + exp(log_scale_t(sg x_(t-1))) z_t,    starting from sg(z).
 
@@ -422,12 +421,11 @@ class Aligned(SimFlow):
 
     def __init__(self, config, classes, features):
         super().__init__(config, classes)
-        self.align, self.block, self.layer = (ALIGN[config.align], config.repa_block,
-                                              config.repa_layer)
-        self.projector = nn.Sequential(
-            nn.Linear(config.width, config.repa_width), nn.SiLU(),
-            nn.Linear(config.repa_width, config.repa_width), nn.SiLU(),
-            nn.Linear(config.repa_width, features))
+        c = config
+        self.align, self.block, self.layer = ALIGN[c.align], c.repa_block, c.repa_layer
+        self.projector = nn.Sequential(nn.Linear(c.width, c.repa_width), nn.SiLU(),
+                                       nn.Linear(c.repa_width, c.repa_width), nn.SiLU(),
+                                       nn.Linear(c.repa_width, features))
 
     def forward(self, image, y, noise):
         """As SimFlow's, and then (B, T, features), to be aligned with the teacher's patches"""
@@ -454,8 +452,7 @@ TABLES = {'codec': CODECS, 'noise': NOISE, 'prior': PRIORS, 'guidance': GUIDANCE
 
 @dataclass
 class Place:
-    """Where this process works: its device, the dtype of its matrix products, and its rank among
-    `world`."""
+    """Where a process works: its device, dtype of matrix products, and rank among `world`."""
     device: torch.device
     dtype: torch.dtype
     compile: bool
@@ -463,8 +460,7 @@ class Place:
     world: int = 1
 
     def autocast(self):
-        """bfloat16 matrix products where the hardware has them; parameters and sums stay float32.
-        """
+        """bfloat16 matrix products, if that is the dtype; parameters and sums stay float32."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def distribute(self, module):
@@ -480,8 +476,7 @@ class Place:
             values /= self.world
 
     def max(self, number):
-        """Largest of the processes' integers. A CPU tensor travels by gloo, so no process waits for
-        its GPU."""
+        """Largest of the processes' integers. By gloo, so no process waits for its GPU."""
         if self.world == 1:
             return number
         number = torch.tensor(number)
@@ -503,8 +498,8 @@ class Place:
         return result[0]
 
     def in_turn(self, work):
-        """Result of work() on each process, first on 0, which may download what the others then
-        find. The UserError that 0 raised on all of them."""
+        """Each process's own result of work(), first on process 0, which may download what the
+        others then find; or the UserError that process 0 raised."""
         done = []
         self.first(lambda: done.append(work()))
         return done[0] if done else work()
@@ -562,8 +557,7 @@ def mix_seed(*integers):
 
 
 def generator(device, stream, seed, index=0):
-    """A random number generator that depends on these integers alone: index is a step, or an
-    image's."""
+    """Random numbers that depend on these integers alone; index: of a step, or of an image."""
     return torch.Generator(device).manual_seed(mix_seed(stream, seed, index))
 
 
@@ -621,7 +615,9 @@ def load_checkpoint(path, option='--ckpt', mmap=False):
     named it. With mmap, its tensors stay in the file until they are used."""
     try:
         state = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
-        state['config'], state['class_names'], state['step'], state['ema']
+        state['class_names'], state['step'], state['ema']
+        state['config'] = {name: state['config'].get(name, default)          # may lack a newer one
+                           for name, default in dataclasses.asdict(Config()).items()}
         return state
     except FileNotFoundError:
         raise UserError(f'there is no checkpoint {path}; train one with `python train.py`, or name '
@@ -632,11 +628,9 @@ def load_checkpoint(path, option='--ckpt', mmap=False):
 
 
 def load_model(path):
-    """-> SimFlow with the EMA weights of a checkpoint, its Config, class names. UserError if it is
-    not one."""
+    """-> SimFlow with a checkpoint's EMA weights, its Config, class names. May raise UserError."""
     state = load_checkpoint(path, mmap=True)                       # of which it takes a quarter
-    known = {f.name for f in dataclasses.fields(Config)}
-    config = Config(**{k: v for k, v in state['config'].items() if k in known})
+    config = Config(**state['config'])
     model = SimFlow(config, len(state['class_names'])).eval().requires_grad_(False)
     model.load_state_dict({name: value for name, value in state['ema'].items()
                            if not name.startswith('projector.')})  # an aligned run's, now useless
@@ -656,8 +650,7 @@ def check_sampling(config, gamma, guidance='', tol=0.0):
 # --------------------------------------------------------------------------------------- the losses
 
 class Discriminator(nn.Sequential):
-    """PatchGAN (Isola et al. 2017, arXiv:1611.07004): (B, 3, H, W) -> logits (B, 1, h, w), one for
-    each patch.
+    """PatchGAN (Isola et al. 2017, arXiv:1611.07004): (B, 3, H, W) -> patch logits (B, 1, h, w)
 
     GroupNorm where the original has BatchNorm, whose statistics would tie the images of a batch
     together: two processes of B/2 would then not equal one of B.
@@ -685,8 +678,7 @@ def adaptive_weight(grad_rec, grad_gan):
     decoder's last layer equally hard. Their gradients there, of one shape -> a scalar.
 
     The cap matters when the discriminator's gradient vanishes. Each process and each micro-batch
-    takes its own ratio over the images it has, so with an adaptive weight 1 x B and 2 x B/2 agree
-    about, not to rounding.
+    takes the ratio over its own images, so 1 x B and 2 x B/2 agree about, not to rounding.
     """
     return (grad_rec.norm() / (grad_gan.norm() + 1e-4)).clamp(max=1e4).detach()
 
@@ -738,8 +730,7 @@ HEADS_URL = ('https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips
 
 
 def load_lpips(vgg_path='', heads_path=''):
-    """-> LPIPS with its released weights, read from the paths or downloaded once. UserError if they
-    can't be had."""
+    """-> LPIPS with its released weights, from files or downloaded once. May raise UserError."""
     folder = os.path.join(torch.hub.get_dir(), 'checkpoints')
     advice = ('put it there by hand, name a copy with --{}, or train without the perceptual loss: '
               '--lpips 0 --l2 400')

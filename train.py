@@ -66,8 +66,7 @@ def draw(config, classes, step, y, place):
     """The random numbers of a step -> noise (b, T, D), y (b,) with some classes dropped, for this
     process's b images. Diffusion models then draw from torch's global random numbers.
 
-    They are drawn for the global batch and sliced, so they depend on (seed, step) and not on how
-    the batch is split.
+    Drawn for the global batch and sliced, they depend on (seed, step), not on how it is split.
     """
     torch.manual_seed(mix_seed(PRIOR, config.seed, step, place.rank))
     g = generator(place.device, TRAIN, config.seed, step)
@@ -87,15 +86,14 @@ class Trainer:
     def __init__(self, config, classes, place, lpips=None, teacher=None):
         self.config, self.classes, self.place, self.step = config, classes, place, 0
         self.names = ['loss', 'l1', 'l2', 'nll', 'entropy', 'mu_std', 'grad_norm', 'replaced']
-        kind, more = SimFlow, []
         if config.align:
             teacher = teacher or place.in_turn(
                 lambda: load_teacher(config.repa, config.tokens, config.image_size))
             self.teacher = teacher.to(place.device)
             self.names.append('align')
-            kind, more = Aligned, [self.teacher.width]
         torch.manual_seed(config.seed)                             # one start on every process
-        self.model = kind(config, classes, *more)
+        self.model = (Aligned(config, classes, self.teacher.width) if config.align
+                      else SimFlow(config, classes))
         self.model.to(place.device, memory_format=torch.channels_last)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.opt = adamw(self.model, config.lr, config.beta2, config.weight_decay)
@@ -206,8 +204,7 @@ class Trainer:
         return weight, grad_gan
 
     def update(self, terms, adversarial, lr):
-        """Clip, agree over the processes that all is finite, then step; without the host waiting
-        for the device."""
+        """Clip, agree on all processes that all is finite, step; the host never waits for a GPU."""
         c = self.config
         terms['grad_norm'] = nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
         if adversarial:
@@ -254,13 +251,12 @@ class Trainer:
     def start_from(self, state):
         """Take the averaged weights of a checkpoint's codec and, if it has one of the same kind and
         shape, prior -> a sentence that says what was taken. UserError if the codec is another."""
-        was, taken = dataclasses.asdict(Config()) | state['config'], []
-        now = dataclasses.asdict(self.config)
-        differs = [f'--{k} {show(was[k])}' for k in CODEC if was[k] != now[k]]
+        was, taken = state['config'], []
+        differs = [f'--{k} {show(was[k])}' for k in CODEC if was[k] != getattr(self.config, k)]
         if differs:
             raise UserError(f'--init {self.config.init} was trained with {", ".join(differs)}; use '
                             'that, too, or another checkpoint')
-        for part in ['vae'] + ['flow'] * (was['prior'] == now['prior']):
+        for part in ['vae'] + ['flow'] * (was['prior'] == self.config.prior):
             own = getattr(self.model, part).state_dict()
             new = {name: state['ema'].get(f'{part}.{name}') for name in own}
             if own and all(v is not None and v.shape == own[k].shape for k, v in new.items()):
@@ -325,8 +321,7 @@ def resume(trainer, data):
         return
     refuse = (f'{path} was trained with %s; use those settings to go on with it, or another --out '
               'for a new run')
-    now = dataclasses.asdict(trainer.config)
-    was = dataclasses.asdict(Config()) | saved['config']           # which may lack a newer option
+    was, now = saved['config'], dataclasses.asdict(trainer.config)
     for options in (was, now):                                     # a teacher's file may move
         options['repa'] = os.path.basename(options['repa'])
     fixed = [k for k in FIXED if now['align'] or not k.startswith('repa')]
@@ -350,8 +345,7 @@ def show(value):
 
 
 class Log:
-    """out/log.csv: a row every log_interval steps. Rows after the resumed step are dropped, so none
-    appears twice."""
+    """out/log.csv: a row every log_interval steps; those after the resumed step are dropped."""
 
     def __init__(self, path, columns, step):
         rows = []
@@ -423,12 +417,12 @@ class Fake(FakeTensorMode):
 
 
 class Memory(TorchDispatchMode):
-    """Bytes of the live tensors among those made in here; at their peak, that and the gradients'
-    share. Sees the results of operations, not what they need inside."""
+    """Bytes of the live tensors among those made in here; at their peak, that and the share of the
+    gradients of `trained`. Sees the results of operations, not what they need inside."""
 
     def __init__(self):
         super().__init__()
-        self.sizes, self.bytes, self.gradients, self.peak = {}, 0, 0, (0, 0)
+        self.sizes, self.bytes, self.trained, self.peak = {}, 0, [], (0, 0)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -437,33 +431,30 @@ class Memory(TorchDispatchMode):
                 self.sizes[storage._cdata] = storage.nbytes()
                 self.bytes += storage.nbytes()
                 weakref.finalize(storage, self.free, storage._cdata)
-        self.peak = max(self.peak, (self.bytes, self.gradients))
+        if self.bytes > self.peak[0]:
+            self.peak = self.bytes, self.gradients()
         return out
 
     def free(self, key):
         self.bytes -= self.sizes.pop(key)
 
+    def gradients(self):
+        return sum(p.grad.nbytes for p in self.trained if p.grad is not None)
+
 
 def step_memory(trainer, memory, batch, world=1):
-    """Bytes at the peak of a step of `batch` images, by their use. memory: has seen the trainer
-    being made."""
-    def count(p):
-        memory.gradients = min(memory.gradients + p.nbytes, total)           # once a micro-batch
-
+    """Bytes by use, at the peak of a step of `batch` images. memory: has seen the trainer made."""
     c = trainer.config
     used = {'model': True, 'disc': c.gan, 'lpips': c.lpips, 'teacher': c.align}
     parameters = [p for name in used if used[name] for p in getattr(trainer, name).parameters()]
-    trained = [p for p in parameters if p.requires_grad]
-    total = sum(p.nbytes for p in trained)
     parts = {'parameters': sum(p.nbytes for p in parameters)}
-    for p in trained:
+    memory.trained = [p for p in parameters if p.requires_grad]
+    for p in memory.trained:
         p.grad = torch.zeros_like(p)
-        p.register_post_accumulate_grad_hook(count)
     for opt in [trainer.opt] + ([trainer.disc_opt] if c.gan else []):
         opt.step()                                                 # the first one makes the state
         opt.zero_grad(set_to_none=world == 1)                      # DDP's buckets stay
-    memory.gradients = total * (world > 1)
-    parts['average and Adam'] = memory.bytes - memory.gradients - parts['parameters']
+    parts['average and Adam'] = memory.bytes - memory.gradients() - parts['parameters']
     memory.peak, trainer.step = (0, 0), c.gan_start
     image = torch.zeros(batch, 3, c.image_size, c.image_size, dtype=torch.uint8)
     trainer.train_step(image, torch.zeros(batch, dtype=torch.long), lr=0.0)
@@ -495,7 +486,7 @@ def predict_memory(config, classes, world=1):
 
 def print_plan(config):
     """What would be trained, from sizes alone: builds nothing, downloads nothing. UserError for
-    data that are not there, or a batch that does not divide."""
+    data that are not there."""
     known = {'cifar10': (50_000, 10), 'fashion_mnist': (60_000, 10)}     # opening would download
     if config.data in known or config.data == Config.data and not os.path.exists(config.data):
         images, classes = known.get(config.data, (1_281_167, 1000))
@@ -508,7 +499,6 @@ def print_plan(config):
         if config.gan:
             parts['discriminator'] = Discriminator(config.gan_width, config.gan_layers)
     world, steps = int(os.environ.get('WORLD_SIZE', 1)), total_steps(config, images)
-    check_batch(config, world)
     rows = {f'{name} parameters': f'{sum(p.numel() for p in part.parameters()):,}'
             for name, part in parts.items()}
     rows |= {'tokens': f'{config.tokens} of {config.latent_dim} channels',
@@ -522,12 +512,6 @@ def print_plan(config):
                                      'cuDNN and fragmentation take more')
     rows |= {f'  {name}': f'{size / 1e9:.2f}' for name, size in memory.items()}
     print('\n'.join(f'{name:26}{value}' for name, value in rows.items()))
-
-
-def check_batch(config, world):
-    if config.batch_size % (world * config.grad_accum):
-        raise UserError(f'--batch_size {config.batch_size} must be a multiple of {world} processes '
-                        f'times --grad_accum {config.grad_accum}')
 
 
 # ----------------------------------------------------------------------------------------- the loop
@@ -548,8 +532,7 @@ class Interrupt:
 
 
 class Meter:
-    """Where the time goes: images a second, the share of time spent waiting for data, model FLOP
-    utilisation."""
+    """Where the time goes: images a second, share spent waiting for data, FLOP utilisation."""
 
     def __init__(self, config, classes, place):
         known = place.device.type == 'cuda' and place.dtype == torch.bfloat16
@@ -634,7 +617,6 @@ def main(argv):
     if config.dry_run:
         return print_plan(config)
     place = find_place(config.device, config.dtype, config.compile)
-    check_batch(config, place.world)
     data = place.in_turn(lambda: open_data(config.data))
     broken = place.first(lambda: check(data))
     place.print(f'{len(data):,} images, {len(data.class_names)} classes; '
