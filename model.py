@@ -82,7 +82,7 @@ class Config:
     repa_width: int = option(2048, 'of the MLP between')
     gan: float = option(0.1, 'weight of the adversarial loss; 0 is off')
     gan_start: int = option(0, 'first step with the adversarial loss')
-    gan_adaptive: bool = option(True, 'scale it by the ratio of gradient norms at the last layer')
+    gan_adaptive: bool = option(True, 'scale --gan by the ratio of last-layer gradient norms')
     gan_lr: float = option(1e-4, 'learning rate of the discriminator')
     gan_width: int = option(64, 'channels of its first layer')
     gan_layers: int = option(3, 'its stride-2 layers')

@@ -538,7 +538,7 @@ class Meter:
         known = place.device.type == 'cuda' and place.dtype == torch.bfloat16
         name = torch.cuda.get_device_name() if known else ''
         peak = max([flops for gpu, flops in PEAK.items() if gpu in name], default=0)
-        self.peak = peak and peak * place.world / train_flops(config, classes)   # images a second
+        self.peak = peak and peak * place.world / train_flops(config, classes)   # images/s
         self.batch_size = config.batch_size
         self.reset()
 
