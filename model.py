@@ -41,11 +41,9 @@ def option(default, help):
 
 @dataclass
 class Config:
-    """Everything that makes a run. The fields are train.py's options; a preset only changes their
-    defaults."""
+    """Everything that makes a run. Fields are train.py's options; a preset changes defaults."""
     model: str = option('nano', 'preset: a row of PRESETS')
-    data: str = option('imagenet/train', 'shapes, cifar10, fashion_mnist, or a folder or zip of '
-                       'class folders')
+    data: str = option('imagenet/train', 'shapes, cifar10, fashion_mnist, or a folder or zip')
     out: str = option('out', 'output directory; an unfinished run found there is resumed')
     image_size: int = option(256, 'pixels a side')
     flip: bool | None = option(None, 'random mirror images; default: where the data allows')
@@ -62,13 +60,11 @@ class Config:
     prior: str = option('flow', 'of the latents: flow, vp (volume preserving), or sit (diffusion)')
     width: int = option(1152, "width of the flow's transformers, C")
     heads: int = option(16, 'attention heads')
-    layers: tuple[int, ...] = option((2, 2, 2, 2, 2, 46),
-                                     'layers of each block of the flow, image -> noise')
+    layers: tuple[int, ...] = option((2, 2, 2, 2, 2, 46), 'layers of each block, image -> noise')
     guidance: str = option('starflow', 'how --cfg guides: a row of GUIDANCE in flow.py')
     denoise: bool = option(False, "end sampling by TARFlow's denoising step (Tweedie)")
 
-    init: str = option('', 'checkpoint of another run to start from, its codec and, where it is of '
-                           'one shape, its flow')
+    init: str = option('', 'checkpoint to start from: its codec and, if of one shape, its flow')
     freeze: str = option('', 'what keeps the weights of --init: encoder, or vae (both halves)')
 
     rate: float = option(1.0, 'weight of the rate: nll less the entropy of a learned variance')
@@ -77,8 +73,7 @@ class Config:
     lpips: float = option(1.0, 'weight of the perceptual loss; 0 is off')
     lpips_vgg: str = option('', "torchvision's VGG16 weights; default: download once")
     lpips_heads: str = option('', "LPIPS v0.1's linear heads; default: download once")
-    align: str = option('', 'features to align with a teacher: forward (REPA-E), reverse or '
-                            'reverse_through (R-REPA)')
+    align: str = option('', 'with a teacher: forward (REPA-E), reverse, reverse_through (R-REPA)')
     repa: str = option('dinov2', 'the teacher: dinov2 (downloaded once), random, a file of '
                       "DINOv2's weights, or a network that torch.export saved, X.pt2")
     repa_weight: float = option(1.0, 'weight of the alignment')
@@ -87,8 +82,7 @@ class Config:
     repa_width: int = option(2048, 'of the MLP between')
     gan: float = option(0.1, 'weight of the adversarial loss; 0 is off')
     gan_start: int = option(0, 'first step with the adversarial loss')
-    gan_adaptive: bool = option(True, 'scale that weight by the ratio of gradient norms at the '
-                                      'last layer')
+    gan_adaptive: bool = option(True, 'scale --gan by the ratio of last-layer gradient norms')
     gan_lr: float = option(1e-4, 'learning rate of the discriminator')
     gan_width: int = option(64, 'channels of its first layer')
     gan_layers: int = option(3, 'its stride-2 layers')
@@ -109,8 +103,7 @@ class Config:
     seed: int = option(0, 'of everything random')
 
     device: str = option('', 'cuda, mps, cpu; default: the best there is')
-    dtype: str = option('', 'float32 or bfloat16 (autocast); default: bfloat16 on GPUs that have '
-                            'it')
+    dtype: str = option('', 'float32 or bfloat16 (autocast); default: bfloat16 if the GPU has it')
     compile: bool | None = option(None, 'torch.compile; default: on CUDA GPUs')
     grad_accum: int = option(1, 'micro-batches a step')
     grad_ckpt: bool = option(False, 'recompute activations in backward: slower, less memory')
@@ -135,21 +128,18 @@ class Config:
                 raise UserError(sentence)
 
         for name, table in TABLES.items():
-            value = getattr(self, name)
-            require(value in table, f'--{name} {value} must be one of: '
+            require(getattr(self, name) in table, f'--{name} {getattr(self, name)} must be one of: '
                     f'{", ".join(row or "(nothing)" for row in table)}')
-        for name in ('layers', 'vae_mults'):
-            require(all(n > 0 for n in getattr(self, name)),
-                    f'--{name} must be positive integers, such as 2,2,6')
+        values, several = vars(self), 'must be positive integers, such as 2,2,6'
+        require(min(self.layers, default=1) > 0, f'--layers {several}')
+        require(min(self.vae_mults, default=0) > 0, f'--vae_mults {several}')
         for name in POSITIVE:
-            value = getattr(self, name)
-            require(value > 0, f'--{name} must be positive, not {value}')
-        for name in NOT_NEGATIVE:
-            value = getattr(self, name)
-            require(value >= 0, f'--{name} must not be negative, but is {value}')
+            require(values[name] > 0, f'--{name} must be positive, not {values[name]}')
         for name in SHARES:
-            value = getattr(self, name)
-            require(0 <= value <= 1, f'--{name} must be between 0 and 1, not {value}')
+            require(0 <= values[name] <= 1, f'--{name} must be between 0 and 1, not {values[name]}')
+        for name, value in values.items():
+            require(not isinstance(value, (int, float)) or value >= 0,
+                    f'--{name} must not be negative, but is {value}')
         require(self.image_size % self.factor == 0, f'--image_size {self.image_size} must be a '
                 f'multiple of the down-sampling factor {self.factor}')
         require(self.width % self.heads == 0,
@@ -163,31 +153,33 @@ class Config:
         require(self.l1 + self.l2 > 0 or self.codec == 'pixels',
                 'one of --l1 and --l2 must be positive: nothing else teaches the decoder')
         require(self.epochs + self.steps > 0, 'one of --steps and --epochs must be positive')
+        world = int(os.environ.get('WORLD_SIZE', 1))
+        require(self.batch_size % (world * self.grad_accum) == 0, f'--batch_size {self.batch_size} '
+                f'must be a multiple of {world} processes times --grad_accum {self.grad_accum}')
         self.check_system(require)
 
     def check_system(self, require):
         """The same, for what only some presets use."""
-        require(self.codec != 'pixels' or len(self.vae_mults) == 1,
+        pixels, learned, sit = self.codec == 'pixels', self.codec == 'learned', self.prior == 'sit'
+        require(not pixels or len(self.vae_mults) == 1,
                 '--codec pixels cuts patches of --vae_patch once: --vae_mults 1')
-        require(self.codec != 'pixels' or self.latent_dim in (self.vae_patch ** 2,
-                                                              3 * self.vae_patch ** 2),
+        require(not pixels or self.latent_dim / self.vae_patch ** 2 in (1, 3),
                 f'--latent_dim {self.latent_dim} must be --vae_patch^2 times 3, or 1 for grey')
-        require(self.layers or self.prior != 'sit' and self.codec != 'pixels'
-                and self.freeze != 'vae', '--layers must name some: nothing else would be trained')
-        require(not self.denoise or self.noise == 'additive' and self.codec != 'learned',
+        require(self.layers or not (sit or pixels or self.freeze == 'vae'),
+                '--layers must name some: nothing else would be trained')
+        require(not self.denoise or self.noise == 'additive' and not learned,
                 '--denoise is for --noise additive of a constant --sigma')
-        require(self.codec != 'pixels' or self.gan == self.lpips == 0 and not self.freeze,
+        require(not (pixels and (self.gan or self.lpips or self.freeze)),
                 '--codec pixels has nothing to learn: leave --gan, --lpips and --freeze at 0')
-        require(self.noise == 'additive' or self.codec != 'learned',
+        require(not learned or self.noise == 'additive',
                 f'--noise {self.noise} needs a constant variance, not --codec learned')
         require(self.noise not in ('linear', 'slerp') or self.sigma <= 1,
                 f'--noise {self.noise} needs a --sigma of at most 1, not {self.sigma}')
-        stage_one = 'vae_learned' if self.codec == 'learned' else 'vae'
         require(not self.freeze or self.init, f'--freeze {self.freeze} needs --init, a checkpoint '
-                f"of its VAE, such as python train.py --model {stage_one}'s")
+                f"of its VAE, such as python train.py --model vae{'_learned' * learned}'s")
         require(not (self.freeze == 'vae' and (self.gan or self.lpips)),
                 '--freeze vae leaves --gan and --lpips nobody to teach: set both to 0')
-        require(self.prior != 'sit' or not self.align and not self.denoise,
+        require(not (sit and (self.align or self.denoise)),
                 '--align and --denoise need a flow, not --prior sit')
         require(not self.align or self.repa_block <= len(self.layers)
                 and self.repa_layer <= self.layers[self.repa_block - 1],
@@ -197,22 +189,17 @@ class Config:
 
 POSITIVE = ('image_size latent_dim vae_width vae_patch width heads gan_width gan_layers batch_size '
             'grad_accum lr clip log_interval repa_block repa_layer repa_width').split()
-NOT_NEGATIVE = ('sigma l1 l2 lpips gan gan_start gan_lr epochs steps stop_at lr_end warmup seed '
-                'workers save_interval sample_interval rate repa_weight weight_decay').split()
 SHARES = 'class_drop constant ema beta2'.split()
 
 # A row is what differs from Config's defaults, which are XXL's (SimFlow Tables 8 and 9).
 # nano is for a CPU. Patches of 4 pixels make its VAE small, and 64 tokens of 16 channels are easier
 # to learn for it than 16 of 64. Without a perceptual loss the pixel error needs the larger weight.
-# Without an adversarial one it is blurrier, but at this size the discriminator made it worse: see
-# the README.
+# Without an adversarial one it is blurrier, but at this size that made it worse: see the README.
 NANO = dict(data='shapes', image_size=32, latent_dim=16, vae_width=64, vae_mults=(1,), vae_patch=4,
             width=128, heads=2, layers=(2, 2, 4), l1=0.0, l2=100.0, lpips=0.0, gan=0.0,
             gan_width=32, gan_layers=2, batch_size=32, steps=2500, lr=1e-3, lr_end=2e-5,
             warmup=100, beta2=0.99, ema=0.999, workers=1, log_interval=50, save_interval=250,
             sample_interval=500)
-XXL = dict(width=1152, heads=16, layers=(2, 2, 2, 2, 2, 46))
-REPA_E = dict(align='forward', repa_weight=1.0, repa_block=3, repa_layer=1)
 LEARNED = NANO | dict(codec='learned', sigma=0.0, latent_norm=False)
 # Blocks of equal depth, every one guided, a denoising step at the end.
 TARFLOW = NANO | dict(codec='pixels', latent_dim=48, sigma=0.05, layers=(2, 2, 2, 2), l2=0.0,
@@ -223,8 +210,8 @@ PRESETS = {
     'B': dict(width=768, heads=12, layers=(2, 2, 2, 2, 2, 2)),
     'L': dict(width=1024, heads=16, layers=(2, 2, 2, 2, 2, 14)),
     'XL': dict(width=1152, heads=16, layers=(2, 2, 2, 2, 2, 18)),
-    'XXL': XXL,
-    'XXL_repa': XXL | REPA_E,
+    'XXL': dict(width=1152, heads=16, layers=(2, 2, 2, 2, 2, 46)),
+    'XXL_repa': dict(align='forward'),
     # What the papers compare with, at nano's size. Noise (SimFlow Table 6):
     'no_noise': NANO | dict(sigma=0.0),                            # collapses
     'linear': NANO | dict(noise='linear'),
@@ -244,7 +231,7 @@ PRESETS = {
     'tarflow_bits': TARFLOW | dict(latent_dim=16, noise='uniform', sigma=1 / 255, denoise=False,
                                    dtype='float32'),
     # A teacher for the flow's features (REPA-E; Flowing Backwards), here a random network:
-    'repa': NANO | REPA_E | dict(repa='random', repa_block=2, repa_width=256),
+    'repa': NANO | dict(align='forward', repa='random', repa_block=2, repa_width=256),
     'r_repa': NANO | dict(align='reverse', repa='random', repa_weight=0.1, repa_layer=2,
                           repa_width=256),
     # A diffusion model for the flow (Table 7):
@@ -343,9 +330,8 @@ class SimFlow(nn.Module):
         self.vae = CODECS[c.codec](c)
         self.flow = PRIORS[c.prior](c.latent_dim, c.tokens, c.width, c.heads, c.layers, classes)
         self.noise, self.guidance, self.denoise = NOISE[c.noise], c.guidance, c.denoise
-        frozen = {'': [], 'encoder': [self.vae.encoder], 'vae': [self.vae]}
-        for module in frozen[c.freeze]:
-            module.requires_grad_(False)
+        if c.freeze:
+            {'encoder': self.vae.encoder, 'vae': self.vae}[c.freeze].requires_grad_(False)
 
     def latents(self, image, noise):
         """image (B, 3, H, W) in [-1, 1], noise (B, T, D) -> x = mu + sigma * noise, mu, both
@@ -402,8 +388,7 @@ def learned_entropy(sigma, like):
 
 def generative_pass(flow, inputs, z, y, block):
     """The way back from z to the input of a block (counted from 1), teacher-forced so that all
-    tokens go at once: block t inverts with mu and log_scale of its input in the forward pass,
-    detached,
+    tokens go at once: block t inverts with mu and log_scale of its detached input going forward,
 
         z_(t-1) = mu_t(sg x_(t-1)) + exp(log_scale_t(sg x_(t-1))) z_t,    starting from sg(z).
 
@@ -436,12 +421,11 @@ class Aligned(SimFlow):
 
     def __init__(self, config, classes, features):
         super().__init__(config, classes)
-        self.align, self.block, self.layer = (ALIGN[config.align], config.repa_block,
-                                              config.repa_layer)
-        self.projector = nn.Sequential(
-            nn.Linear(config.width, config.repa_width), nn.SiLU(),
-            nn.Linear(config.repa_width, config.repa_width), nn.SiLU(),
-            nn.Linear(config.repa_width, features))
+        c = config
+        self.align, self.block, self.layer = ALIGN[c.align], c.repa_block, c.repa_layer
+        self.projector = nn.Sequential(nn.Linear(c.width, c.repa_width), nn.SiLU(),
+                                       nn.Linear(c.repa_width, c.repa_width), nn.SiLU(),
+                                       nn.Linear(c.repa_width, features))
 
     def forward(self, image, y, noise):
         """As SimFlow's, and then (B, T, features), to be aligned with the teacher's patches"""
@@ -468,8 +452,7 @@ TABLES = {'codec': CODECS, 'noise': NOISE, 'prior': PRIORS, 'guidance': GUIDANCE
 
 @dataclass
 class Place:
-    """Where this process works: its device, the dtype of its matrix products, and its rank among
-    `world`."""
+    """Where a process works: its device, dtype of matrix products, and rank among `world`."""
     device: torch.device
     dtype: torch.dtype
     compile: bool
@@ -477,8 +460,7 @@ class Place:
     world: int = 1
 
     def autocast(self):
-        """bfloat16 matrix products where the hardware has them; parameters and sums stay float32.
-        """
+        """bfloat16 matrix products, if that is the dtype; parameters and sums stay float32."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def distribute(self, module):
@@ -494,8 +476,7 @@ class Place:
             values /= self.world
 
     def max(self, number):
-        """Largest of the processes' integers. A CPU tensor travels by gloo, so no process waits for
-        its GPU."""
+        """Largest of the processes' integers. By gloo, so no process waits for its GPU."""
         if self.world == 1:
             return number
         number = torch.tensor(number)
@@ -516,6 +497,13 @@ class Place:
             raise result[0]
         return result[0]
 
+    def in_turn(self, work):
+        """Each process's own result of work(), first on process 0, which may download what the
+        others then find; or the UserError that process 0 raised."""
+        done = []
+        self.first(lambda: done.append(work()))
+        return done[0] if done else work()
+
     def print(self, text):
         if self.rank == 0:
             tqdm.write(text)                                       # above a progress bar, if any
@@ -528,9 +516,8 @@ def find_place(device='', dtype='', compile=None):
     if not device:
         device = ('cuda' if torch.cuda.is_available() else
                   'mps' if torch.backends.mps.is_available() else 'cpu')
-    local = int(os.environ.get('LOCAL_RANK', 0))
     if device == 'cuda' and 'LOCAL_RANK' in os.environ:
-        device = f'cuda:{local}'
+        device = f'cuda:{os.environ["LOCAL_RANK"]}'
     try:
         device = torch.device(device)
         torch.zeros(1, device=device)
@@ -570,8 +557,7 @@ def mix_seed(*integers):
 
 
 def generator(device, stream, seed, index=0):
-    """A random number generator that depends on these integers alone: index is a step, or an
-    image's."""
+    """Random numbers that depend on these integers alone; index: of a step, or of an image."""
     return torch.Generator(device).manual_seed(mix_seed(stream, seed, index))
 
 
@@ -629,7 +615,9 @@ def load_checkpoint(path, option='--ckpt', mmap=False):
     named it. With mmap, its tensors stay in the file until they are used."""
     try:
         state = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
-        state['config'], state['class_names'], state['step'], state['ema']
+        state['class_names'], state['step'], state['ema']
+        state['config'] = {name: state['config'].get(name, default)          # may lack a newer one
+                           for name, default in dataclasses.asdict(Config()).items()}
         return state
     except FileNotFoundError:
         raise UserError(f'there is no checkpoint {path}; train one with `python train.py`, or name '
@@ -640,11 +628,9 @@ def load_checkpoint(path, option='--ckpt', mmap=False):
 
 
 def load_model(path):
-    """-> SimFlow with the EMA weights of a checkpoint, its Config, class names. UserError if it is
-    not one."""
+    """-> SimFlow with a checkpoint's EMA weights, its Config, class names. May raise UserError."""
     state = load_checkpoint(path, mmap=True)                       # of which it takes a quarter
-    known = {f.name for f in dataclasses.fields(Config)}
-    config = Config(**{k: v for k, v in state['config'].items() if k in known})
+    config = Config(**state['config'])
     model = SimFlow(config, len(state['class_names'])).eval().requires_grad_(False)
     model.load_state_dict({name: value for name, value in state['ema'].items()
                            if not name.startswith('projector.')})  # an aligned run's, now useless
@@ -664,8 +650,7 @@ def check_sampling(config, gamma, guidance='', tol=0.0):
 # --------------------------------------------------------------------------------------- the losses
 
 class Discriminator(nn.Sequential):
-    """PatchGAN (Isola et al. 2017, arXiv:1611.07004): (B, 3, H, W) -> logits (B, 1, h, w), one for
-    each patch.
+    """PatchGAN (Isola et al. 2017, arXiv:1611.07004): (B, 3, H, W) -> patch logits (B, 1, h, w)
 
     GroupNorm where the original has BatchNorm, whose statistics would tie the images of a batch
     together: two processes of B/2 would then not equal one of B.
@@ -693,8 +678,7 @@ def adaptive_weight(grad_rec, grad_gan):
     decoder's last layer equally hard. Their gradients there, of one shape -> a scalar.
 
     The cap matters when the discriminator's gradient vanishes. Each process and each micro-batch
-    takes its own ratio over the images it has, so with an adaptive weight 1 x B and 2 x B/2 agree
-    about, not to rounding.
+    takes the ratio over its own images, so 1 x B and 2 x B/2 agree about, not to rounding.
     """
     return (grad_rec.norm() / (grad_gan.norm() + 1e-4)).clamp(max=1e4).detach()
 
@@ -705,22 +689,19 @@ class LPIPS(nn.Module):
     Two images (B, 3, H, W) in [-1, 1] -> (B,): squared differences of channel-normalised features,
     weighted channel by channel (the heads), averaged over positions, summed over five depths.
     """
-    PLAN = (64, 64, 'pool', 128, 128, 'pool', 256, 256, 256, 'pool', 512, 512, 512, 'pool',
-            512, 512, 512)
-    # Depths: the index in torchvision's vgg16().features, and its channels.
-    TAPS = {3: 64, 8: 128, 15: 256, 22: 512, 29: 512}
+    DEPTHS = (2, 64), (2, 128), (3, 256), (3, 512), (3, 512)       # VGG16's convolutions, channels
 
     def __init__(self):
         super().__init__()
-        layers, cin = [], 3
-        for c in self.PLAN:
-            if c == 'pool':
-                layers += [nn.MaxPool2d(2)]
-            else:
+        layers, cin, self.ends = [], 3, []
+        for convolutions, c in self.DEPTHS:
+            layers += [nn.MaxPool2d(2)] * (cin > 3)
+            for _ in range(convolutions):
                 layers += [nn.Conv2d(cin, c, 3, padding=1), nn.ReLU()]
                 cin = c
-        self.features = nn.Sequential(*layers)
-        self.heads = nn.ParameterList(torch.zeros(1, c, 1, 1) for c in self.TAPS.values())
+            self.ends.append(len(layers))
+        self.features = nn.Sequential(*layers)                     # as torchvision numbers them
+        self.heads = nn.ParameterList(torch.zeros(1, c, 1, 1) for _, c in self.DEPTHS)
         self.register_buffer('shift', torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
         self.register_buffer('scale', torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
         self.eval().requires_grad_(False)
@@ -735,13 +716,11 @@ class LPIPS(nn.Module):
 
     def forward(self, a, b):
         total, h = 0, (torch.cat([a, b]) - self.shift) / self.scale
-        for i, layer in enumerate(self.features):
-            h = layer(h)
-            if i in self.TAPS:                                     # float32: squares underflow
-                f = h.float()
-                unit_a, unit_b = (f / (f.norm(dim=1, keepdim=True) + 1e-10)).chunk(2)
-                head = self.heads[list(self.TAPS).index(i)]        # (1, c, 1, 1)
-                total = total + (head * (unit_a - unit_b).square()).sum(1).mean((1, 2))
+        for start, end, head in zip([0, *self.ends], self.ends, self.heads):
+            h = self.features[start:end](h)
+            f = h.float()                                          # squares underflow in bf16
+            unit_a, unit_b = (f / (f.norm(dim=1, keepdim=True) + 1e-10)).chunk(2)
+            total = total + (head * (unit_a - unit_b).square()).sum(1).mean((1, 2))
         return total
 
 
@@ -751,8 +730,7 @@ HEADS_URL = ('https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips
 
 
 def load_lpips(vgg_path='', heads_path=''):
-    """-> LPIPS with its released weights, read from the paths or downloaded once. UserError if they
-    can't be had."""
+    """-> LPIPS with its released weights, from files or downloaded once. May raise UserError."""
     folder = os.path.join(torch.hub.get_dir(), 'checkpoints')
     advice = ('put it there by hand, name a copy with --{}, or train without the perceptual loss: '
               '--lpips 0 --l2 400')
@@ -881,15 +859,6 @@ def load_exported(path):
     return net
 
 
-def teacher_file(path):
-    """What --repa names, for 'dinov2' the file, downloaded once. UserError if it can't be had."""
-    if path != 'dinov2':
-        return path
-    home = os.path.join(torch.hub.get_dir(), 'checkpoints', os.path.basename(DINOV2_URL))
-    return fetch(DINOV2_URL, home, DINOV2_DIGEST,
-                 "put it there by hand, name a copy with --repa, or train without: --align ''")
-
-
 def load_teacher(path, tokens, image_size):
     """-> a network for a square of tokens: 'random', 'dinov2' (ViT-B/14, downloaded once), a file
     of Meta's for ViT-S, B or L, or any other network in a .pt2. UserError if it can't be had, or
@@ -911,7 +880,10 @@ def read_teacher(path, side):
     """-> the network of load_teacher, for side x side tokens. UserError if it can't be had."""
     if path == 'random':
         return random_teacher(side)
-    path = teacher_file(path)
+    if path == 'dinov2':
+        home = os.path.join(torch.hub.get_dir(), 'checkpoints', os.path.basename(DINOV2_URL))
+        path = fetch(DINOV2_URL, home, DINOV2_DIGEST, 'put it there by hand, name a copy with '
+                     "--repa, or train without: --align ''")
     try:
         if path.endswith('.pt2'):
             return load_exported(path)

@@ -39,13 +39,11 @@ class Options:
     tol: float = option(1e-3, "jacobi's tolerance, relative change of a token: at 0.001 no pixel "
                               'was more than one level of 255 off, in float32')
     seed: int = option(0, 'of the noise')
-    batch_size: int = option(80, 'images at once in each process: more is faster and takes more '
-                                 'memory')
+    batch_size: int = option(80, 'images at once in each process: more is faster, and more memory')
     out: str = option('', "X.png: a grid; X.npz: ADM's layout; X/: a PNG an image; default: "
                           'grid.png beside --ckpt')
     device: str = option('', 'cuda, mps, cpu; default: the best there is')
-    dtype: str = option('', 'float32 or bfloat16 (autocast); default: bfloat16 on GPUs that have '
-                            'it')
+    dtype: str = option('', 'float32 or bfloat16 (autocast); default: bfloat16 if the GPU has it')
 
     def check(self):
         """Raise UserError for values that make no sense."""
@@ -59,6 +57,8 @@ class Options:
             raise UserError(f'--decode {self.decode} must be sequential or jacobi')
         if self.tol <= 0:
             raise UserError(f'--tol must be positive, not {self.tol}; exact is --decode sequential')
+        if self.tol != Options.tol and self.decode == 'sequential':
+            raise UserError(f'--tol {self.tol} is for --decode jacobi; the sequential one is exact')
         if self.out and not self.out.endswith(('.png', '.npz', '/')):
             raise UserError(f'--out {self.out} must end in .png, in .npz or in / (a folder)')
 

@@ -35,14 +35,13 @@ from flow import Layer
 from model import (LPIPS, PRESETS, PRIOR, RECON, TRAIN, Aligned, Config, DINOv2, Discriminator,
                    Place, SimFlow, adaptive_weight, alignment, find_place, from_uint8, generator,
                    grid, hinge, load_checkpoint, load_lpips, load_teacher, mix_seed, parse_options,
-                   sample_images, teacher_file, to_uint8)
+                   sample_images, to_uint8)
 
-# Resuming with another value of these would not be the same run.
-FIXED = ('image_size codec latent_dim vae_width vae_mults vae_patch latent_norm sigma noise prior '
-         'width heads layers freeze align repa repa_block repa_layer repa_width gan_width '
-         'gan_layers batch_size seed').split()
-# What makes a codec: the same for --init.
+# What makes a codec: with another value of these, --init would have nothing to take.
 CODEC = 'codec latent_dim latent_norm vae_width vae_mults vae_patch'.split()
+# Resuming with another value of these would not be the same run.
+FIXED = CODEC + ('image_size sigma noise prior width heads layers freeze align repa repa_block '
+                 'repa_layer repa_width gan_width gan_layers batch_size seed').split()
 # Dense bf16 FLOP/s, for the column mfu of the log.
 PEAK = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12, 'L40S': 362e12, '4090': 165e12}
 
@@ -67,8 +66,7 @@ def draw(config, classes, step, y, place):
     """The random numbers of a step -> noise (b, T, D), y (b,) with some classes dropped, for this
     process's b images. Diffusion models then draw from torch's global random numbers.
 
-    They are drawn for the global batch and sliced, so they depend on (seed, step) and not on how
-    the batch is split.
+    Drawn for the global batch and sliced, they depend on (seed, step), not on how it is split.
     """
     torch.manual_seed(mix_seed(PRIOR, config.seed, step, place.rank))
     g = generator(place.device, TRAIN, config.seed, step)
@@ -88,16 +86,14 @@ class Trainer:
     def __init__(self, config, classes, place, lpips=None, teacher=None):
         self.config, self.classes, self.place, self.step = config, classes, place, 0
         self.names = ['loss', 'l1', 'l2', 'nll', 'entropy', 'mu_std', 'grad_norm', 'replaced']
-        kind, more = SimFlow, []
         if config.align:
-            if not teacher:                                        # one process downloads
-                file = place.first(lambda: teacher_file(config.repa))
-                teacher = load_teacher(file, config.tokens, config.image_size)
+            teacher = teacher or place.in_turn(
+                lambda: load_teacher(config.repa, config.tokens, config.image_size))
             self.teacher = teacher.to(place.device)
             self.names.append('align')
-            kind, more = Aligned, [self.teacher.width]
         torch.manual_seed(config.seed)                             # one start on every process
-        self.model = kind(config, classes, *more)
+        self.model = (Aligned(config, classes, self.teacher.width) if config.align
+                      else SimFlow(config, classes))
         self.model.to(place.device, memory_format=torch.channels_last)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.opt = adamw(self.model, config.lr, config.beta2, config.weight_decay)
@@ -106,9 +102,9 @@ class Trainer:
         if place.compile:
             self.compile()
         if config.lpips:
-            lpips = lpips or place.first(
+            lpips = lpips or place.in_turn(
                 lambda: load_lpips(config.lpips_vgg, config.lpips_heads))
-            self.lpips = lpips.to(place.device)                    # one process downloads
+            self.lpips = lpips.to(place.device)
             self.names.append('lpips')
         if config.gan:
             self.disc = Discriminator(config.gan_width, config.gan_layers)
@@ -117,6 +113,7 @@ class Trainer:
             self.disc_ddp = place.distribute(self.disc)
             self.names += ['gan', 'd_weight', 'd_loss', 'logits_real', 'logits_fake', 'd_grad_norm']
         self.ddp = place.distribute(self.model)
+        self.ddps = [self.ddp] + ([self.disc_ddp] if config.gan else [])
         zeros = torch.zeros(len(self.names), device=place.device)
         self.totals, self.count = zeros, 0                         # since the log's last row
         self.failed, self.failed_step = zeros.bool(), zeros[0].long()
@@ -132,15 +129,6 @@ class Trainer:
             if any(True for _ in part.parameters()):               # cutting patches is no work
                 part.compile(fullgraph=True)
 
-    def sync(self, last):
-        """Context of a micro-batch, forward and backward: gradients travel with the last one."""
-        stack = contextlib.ExitStack()
-        if self.place.world > 1 and not last:
-            stack.enter_context(self.ddp.no_sync())
-            if self.config.gan:
-                stack.enter_context(self.disc_ddp.no_sync())
-        return stack
-
     def train_step(self, image, y, lr, replaced=0):
         """One optimisation step on this process's images (b, 3, H, W) uint8, `replaced` of them
         stand-ins for unreadable ones, and classes (b,)."""
@@ -153,8 +141,9 @@ class Trainer:
         for i in range(0, len(y), micro):
             part = slice(i, i + micro)
             batch = from_uint8(image[part]), y[part], noise[part]
-            with self.sync(last=i + micro == len(y)):
-                values.append(self.backward(*batch, adversarial))
+            for ddp in self.ddps:                                  # gradients travel with the last
+                ddp.require_backward_grad_sync = i + micro == len(y)
+            values.append(self.backward(*batch, adversarial))
         terms = {name: torch.stack([v[name] for v in values]).mean() for name in values[0]}
         # Its mean over the processes is then the sum.
         terms['replaced'] = torch.full_like(terms['loss'], replaced * place.world)
@@ -181,7 +170,8 @@ class Trainer:
         terms['mu_std'] = mu.detach().std(0).mean() if len(mu) > 1 else mu.new_zeros(())
         prior = c.rate * (terms['nll'] - terms['entropy'])
         if c.align:
-            terms['align'] = alignment(*projected, self.features(image))
+            with self.place.autocast():
+                terms['align'] = alignment(*projected, self.teacher(image))
             prior = prior + c.repa_weight * terms['align']
         terms['loss'] = rec + prior
         grad, = torch.autograd.grad(rec, seen)                     # (B, 3, H, W)
@@ -192,12 +182,6 @@ class Trainer:
         ends = [(recon, grad / c.grad_accum), (prior / c.grad_accum, None)]
         torch.autograd.backward(*zip(*(end for end in ends if end[0].requires_grad)))
         return {name: value.detach() for name, value in terms.items()}
-
-    @torch.no_grad()
-    def features(self, image):
-        """(b, 3, H, W) in [-1, 1] -> (b, T, F), the teacher's"""
-        with self.place.autocast():
-            return self.teacher(image)
 
     def adversary(self, image, recon, seen, grad_rec, terms):
         """The discriminator's gradients; for the generator, the weight and d gan / d recon, of
@@ -220,8 +204,7 @@ class Trainer:
         return weight, grad_gan
 
     def update(self, terms, adversarial, lr):
-        """Clip, agree over the processes that all is finite, then step; without the host waiting
-        for the device."""
+        """Clip, agree on all processes that all is finite, step; the host never waits for a GPU."""
         c = self.config
         terms['grad_norm'] = nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
         if adversarial:
@@ -268,13 +251,12 @@ class Trainer:
     def start_from(self, state):
         """Take the averaged weights of a checkpoint's codec and, if it has one of the same kind and
         shape, prior -> a sentence that says what was taken. UserError if the codec is another."""
-        was, taken = dataclasses.asdict(Config()) | state['config'], []
-        now = dataclasses.asdict(self.config)
-        differs = [f'--{k} {show(was[k])}' for k in CODEC if was[k] != now[k]]
+        was, taken = state['config'], []
+        differs = [f'--{k} {show(was[k])}' for k in CODEC if was[k] != getattr(self.config, k)]
         if differs:
             raise UserError(f'--init {self.config.init} was trained with {", ".join(differs)}; use '
                             'that, too, or another checkpoint')
-        for part in ['vae'] + ['flow'] * (was['prior'] == now['prior']):
+        for part in ['vae'] + ['flow'] * (was['prior'] == self.config.prior):
             own = getattr(self.model, part).state_dict()
             new = {name: state['ema'].get(f'{part}.{name}') for name in own}
             if own and all(v is not None and v.shape == own[k].shape for k, v in new.items()):
@@ -339,8 +321,7 @@ def resume(trainer, data):
         return
     refuse = (f'{path} was trained with %s; use those settings to go on with it, or another --out '
               'for a new run')
-    now = dataclasses.asdict(trainer.config)
-    was = dataclasses.asdict(Config()) | saved['config']           # which may lack a newer option
+    was, now = saved['config'], dataclasses.asdict(trainer.config)
     for options in (was, now):                                     # a teacher's file may move
         options['repa'] = os.path.basename(options['repa'])
     fixed = [k for k in FIXED if now['align'] or not k.startswith('repa')]
@@ -364,8 +345,7 @@ def show(value):
 
 
 class Log:
-    """out/log.csv: a row every log_interval steps. Rows after the resumed step are dropped, so none
-    appears twice."""
+    """out/log.csv: a row every log_interval steps; those after the resumed step are dropped."""
 
     def __init__(self, path, columns, step):
         rows = []
@@ -437,12 +417,12 @@ class Fake(FakeTensorMode):
 
 
 class Memory(TorchDispatchMode):
-    """Bytes of the live tensors among those made in here; at their peak, that and the gradients'
-    share. Sees the results of operations, not what they need inside."""
+    """Bytes of the live tensors among those made in here; at their peak, that and the share of the
+    gradients of `trained`. Sees the results of operations, not what they need inside."""
 
     def __init__(self):
         super().__init__()
-        self.sizes, self.bytes, self.gradients, self.peak = {}, 0, 0, (0, 0)
+        self.sizes, self.bytes, self.trained, self.peak = {}, 0, [], (0, 0)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -451,33 +431,30 @@ class Memory(TorchDispatchMode):
                 self.sizes[storage._cdata] = storage.nbytes()
                 self.bytes += storage.nbytes()
                 weakref.finalize(storage, self.free, storage._cdata)
-        self.peak = max(self.peak, (self.bytes, self.gradients))
+        if self.bytes > self.peak[0]:
+            self.peak = self.bytes, self.gradients()
         return out
 
     def free(self, key):
         self.bytes -= self.sizes.pop(key)
 
+    def gradients(self):
+        return sum(p.grad.nbytes for p in self.trained if p.grad is not None)
+
 
 def step_memory(trainer, memory, batch, world=1):
-    """Bytes at the peak of a step of `batch` images, by their use. memory: has seen the trainer
-    being made."""
-    def count(p):
-        memory.gradients = min(memory.gradients + p.nbytes, total)           # once a micro-batch
-
+    """Bytes by use, at the peak of a step of `batch` images. memory: has seen the trainer made."""
     c = trainer.config
     used = {'model': True, 'disc': c.gan, 'lpips': c.lpips, 'teacher': c.align}
     parameters = [p for name in used if used[name] for p in getattr(trainer, name).parameters()]
-    trained = [p for p in parameters if p.requires_grad]
-    total = sum(p.nbytes for p in trained)
     parts = {'parameters': sum(p.nbytes for p in parameters)}
-    for p in trained:
+    memory.trained = [p for p in parameters if p.requires_grad]
+    for p in memory.trained:
         p.grad = torch.zeros_like(p)
-        p.register_post_accumulate_grad_hook(count)
     for opt in [trainer.opt] + ([trainer.disc_opt] if c.gan else []):
         opt.step()                                                 # the first one makes the state
         opt.zero_grad(set_to_none=world == 1)                      # DDP's buckets stay
-    memory.gradients = total * (world > 1)
-    parts['average and Adam'] = memory.bytes - memory.gradients - parts['parameters']
+    parts['average and Adam'] = memory.bytes - memory.gradients() - parts['parameters']
     memory.peak, trainer.step = (0, 0), c.gan_start
     image = torch.zeros(batch, 3, c.image_size, c.image_size, dtype=torch.uint8)
     trainer.train_step(image, torch.zeros(batch, dtype=torch.long), lr=0.0)
@@ -509,7 +486,7 @@ def predict_memory(config, classes, world=1):
 
 def print_plan(config):
     """What would be trained, from sizes alone: builds nothing, downloads nothing. UserError for
-    data that are not there, or a batch that does not divide."""
+    data that are not there."""
     known = {'cifar10': (50_000, 10), 'fashion_mnist': (60_000, 10)}     # opening would download
     if config.data in known or config.data == Config.data and not os.path.exists(config.data):
         images, classes = known.get(config.data, (1_281_167, 1000))
@@ -522,7 +499,6 @@ def print_plan(config):
         if config.gan:
             parts['discriminator'] = Discriminator(config.gan_width, config.gan_layers)
     world, steps = int(os.environ.get('WORLD_SIZE', 1)), total_steps(config, images)
-    check_batch(config, world)
     rows = {f'{name} parameters': f'{sum(p.numel() for p in part.parameters()):,}'
             for name, part in parts.items()}
     rows |= {'tokens': f'{config.tokens} of {config.latent_dim} channels',
@@ -536,12 +512,6 @@ def print_plan(config):
                                      'cuDNN and fragmentation take more')
     rows |= {f'  {name}': f'{size / 1e9:.2f}' for name, size in memory.items()}
     print('\n'.join(f'{name:26}{value}' for name, value in rows.items()))
-
-
-def check_batch(config, world):
-    if config.batch_size % (world * config.grad_accum):
-        raise UserError(f'--batch_size {config.batch_size} must be a multiple of {world} processes '
-                        f'times --grad_accum {config.grad_accum}')
 
 
 # ----------------------------------------------------------------------------------------- the loop
@@ -562,15 +532,13 @@ class Interrupt:
 
 
 class Meter:
-    """Where the time goes: images a second, the share of time spent waiting for data, model FLOP
-    utilisation."""
+    """Where the time goes: images a second, share spent waiting for data, FLOP utilisation."""
 
     def __init__(self, config, classes, place):
-        name = torch.cuda.get_device_name() if place.device.type == 'cuda' else ''
-        peaks = [flops for gpu, flops in PEAK.items()
-                 if gpu in name and place.dtype == torch.bfloat16]
-        self.peak_images = (peaks[0] * place.world / train_flops(config, classes) if peaks
-                            else math.nan)
+        known = place.device.type == 'cuda' and place.dtype == torch.bfloat16
+        name = torch.cuda.get_device_name() if known else ''
+        peak = max([flops for gpu, flops in PEAK.items() if gpu in name], default=0)
+        self.peak = peak and peak * place.world / train_flops(config, classes)   # images/s
         self.batch_size = config.batch_size
         self.reset()
 
@@ -588,8 +556,8 @@ class Meter:
         """Since the last call. mfu is empty where the peak of the device is not known."""
         seconds = time.perf_counter() - self.start
         rate = self.steps * self.batch_size / seconds
-        mfu = '' if math.isnan(self.peak_images) else rate / self.peak_images
-        row = {'images_per_s': rate, 'data_wait': self.waited / seconds, 'mfu': mfu}
+        row = {'images_per_s': rate, 'data_wait': self.waited / seconds,
+               'mfu': rate / self.peak if self.peak else ''}
         self.reset()
         return row
 
@@ -633,13 +601,12 @@ def train(config, data, place):
             bar.update()
             stopped = place.max(interrupt.signal)
             ends = trainer.step == last
-            due = [every and (trainer.step % every == 0) for every in
-                   (config.log_interval, config.save_interval, config.sample_interval)]
-            if due[0]:
+            due = lambda every: every and (ends or trainer.step % every == 0)
+            if trainer.step % config.log_interval == 0:
                 write_row(trainer, log, meter, lr, steps)
-            if due[1] or stopped or ends:                          # before the pictures: a second
+            if due(config.save_interval) or stopped or ends:       # before the pictures: a second
                 save(trainer, data)                                # signal may be a kill
-            if due[2] or config.sample_interval and ends:
+            if due(config.sample_interval):
                 save_pictures(trainer, data)
     return stopped
 
@@ -650,9 +617,8 @@ def main(argv):
     if config.dry_run:
         return print_plan(config)
     place = find_place(config.device, config.dtype, config.compile)
-    check_batch(config, place.world)
-    broken = place.first(lambda: check(open_data(config.data)))    # downloads what is missing, once
-    data = open_data(config.data)
+    data = place.in_turn(lambda: open_data(config.data))
+    broken = place.first(lambda: check(data))
     place.print(f'{len(data):,} images, {len(data.class_names)} classes; '
                 f'{place.world} x {place.device.type}, {str(place.dtype).split(".")[1]}'
                 f'{", compiled" if place.compile else ""}')

@@ -84,7 +84,8 @@ def test_classes_by_name_or_number():
 
 @pytest.mark.parametrize('argv, word', [
     (['--n', '0'], '--n'), (['--cfg', '-1'], '--cfg'), (['--out', 'a.jpg'], '--out'), (['--gama', '1'], '--gama'),
-    (['--batch_size', '0'], '--batch_size'), (['--decode', 'fast'], '--decode'), (['--tol', '0'], '--tol')])
+    (['--batch_size', '0'], '--batch_size'), (['--decode', 'fast'], '--decode'), (['--tol', '0'], '--tol'),
+    (['--tol', '0.01'], '--decode jacobi')])
 def test_mistakes(ckpt, argv, word):
     with pytest.raises(UserError, match=word):
         sample.main(['--ckpt', ckpt, *argv])
