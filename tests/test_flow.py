@@ -183,11 +183,13 @@ def test_weights_by_columns_are_the_same_weights(longer):
     layers, h = longer[0].blocks[0].layers, torch.randn(2, 1, 64, generator=torch.Generator().manual_seed(0))
     weight = layers[0].attn.qkv.weight
     before, stride, pointer = layers[0].attn.qkv(h), weight.stride(), weight.data_ptr()
-    with pytest.raises(KeyboardInterrupt), by_columns(layers):
+    with pytest.raises(KeyboardInterrupt), by_columns(layers, rows=4):
         assert weight.stride() == (1, len(weight))
         torch.testing.assert_close(layers[0].attn.qkv(h), before)
         raise KeyboardInterrupt
     assert weight.stride() == stride and weight.data_ptr() == pointer
+    with by_columns(layers, rows=3):
+        assert weight.stride() == stride
 
 
 def test_guidance_is_the_product_of_densities():
