@@ -318,12 +318,13 @@ def fashion_mnist():
 
 # ----------------------------------------------------------------------------------------------------- shapes
 
-ANGLE = np.arange(90) * 2 * np.pi / 90
+def angles(n=90):
+    return np.arange(n) * 2 * np.pi / n
 
 
 def curve(radius, n=90):
     """A radius, or n of them, clockwise from the top -> (n, 2) points, x to the right and y down"""
-    angle = np.arange(n) * 2 * np.pi / n
+    angle = angles(n)
     return np.stack([np.sin(angle), -np.cos(angle)], 1) * np.reshape(radius, (-1, 1))
 
 
@@ -341,8 +342,8 @@ SHAPES = {
     'circle': [curve(0.85)],
     'cross': [corners(-.3, -.9, .3, -.9, .3, -.3, .9, -.3, .9, .3, .3, .3,
                       .3, .9, -.3, .9, -.3, .3, -.9, .3, -.9, -.3, -.3, -.3)],
-    'flower': [curve(0.74 + 0.26 * np.cos(5 * ANGLE)), curve(0.24)],
-    'heart': [heart(ANGLE)],
+    'flower': [curve(0.74 + 0.26 * np.cos(5 * angles())), curve(0.24)],
+    'heart': [heart(angles())],
     'house': [corners(0, -1, .95, -.1, .7, -.1, .7, .85, -.7, .85, -.7, -.1, -.95, -.1),
               corners(-.2, .9, -.2, .2, .2, .2, .2, .9)],
     'moon': [curve(0.95), curve(0.75) + (0.45, -0.15)],

@@ -348,7 +348,7 @@ class Flow(nn.Module):
             deep = block is self.blocks[-1]
             weight = cfg if deep or guidance.every_block else 0.0
             window = WINDOW_DEEP if deep else WINDOW
-            if not tol or z.device.type == 'cpu' and len(z) * (2 if weight else 1) > FEW:
+            if not tol or too_many(z.device, len(z), weight):
                 window = 1
             z = block.inverse(z, y, weight, guidance, window, tol)
         return z
@@ -384,6 +384,11 @@ WINDOW, WINDOW_DEEP = 64, 24
 # Jacobi has several times as much to compute, so a CPU with more images than these, guided ones
 # counted twice, is faster token by token.
 FEW = 4
+
+
+def too_many(device, images, cfg):
+    """For Jacobi to be the faster way, images at once on this device"""
+    return device.type == 'cpu' and images * (2 if cfg else 1) > FEW
 
 
 # -------------------------------------------------------------------------------------- siblings

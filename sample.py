@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from data import UserError, cli
-from flow import FEW
+from flow import FEW, too_many
 from model import (check_sampling, find_place, grid, load_model, option, parse_options,
                    sample_images)
 
@@ -134,8 +134,7 @@ def main(argv):
     labels = chosen[torch.arange(options.n) % len(chosen)]
     batches = sample_images(model.to(place.device), labels, options.seed, place, options.batch_size,
                             options.cfg, options.gamma, guidance=options.guidance, tol=tol)
-    at_once = min(options.n, options.batch_size) * (2 if options.cfg else 1)
-    if tol and place.device.type == 'cpu' and at_once > FEW:
+    if tol and too_many(place.device, min(options.n, options.batch_size), options.cfg):
         place.print(f'--decode jacobi: with more than {FEW} images at once, guided ones counted '
                     'twice, token by token is faster on a CPU, and used where that is so')
     images = []

@@ -166,12 +166,12 @@ class Trainer:
             if c.lpips:
                 terms['lpips'] = self.lpips(seen, image).mean()
                 rec = rec + c.lpips * terms['lpips']
+            if c.align:
+                terms['align'] = alignment(*projected, self.teacher(image))
         terms['nll'], terms['entropy'] = nll.mean(), entropy.mean()
         terms['mu_std'] = mu.detach().std(0).mean() if len(mu) > 1 else mu.new_zeros(())
         prior = c.rate * (terms['nll'] - terms['entropy'])
         if c.align:
-            with self.place.autocast():
-                terms['align'] = alignment(*projected, self.teacher(image))
             prior = prior + c.repa_weight * terms['align']
         terms['loss'] = rec + prior
         grad, = torch.autograd.grad(rec, seen)                     # (B, 3, H, W)

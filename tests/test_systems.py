@@ -399,7 +399,8 @@ def test_presets_train_sample_and_resume(tmp_path, preset):
     (['--noise', 'slerp', '--sigma', '1.5'], '--sigma'), (['--model', 'repa', '--repa_block', '4'], '--repa_block 4'),
     (['--model', 'sit', '--align', 'forward'], '--prior sit'), (['--model', 'tarflow', '--vae_mults', '1,1'], '--vae_mults'),
     (['--model', 'tarflow', '--layers='], '--layers'), (['--model', 'slerp', '--denoise', '1'], '--denoise'),
-    (['--freeze', 'vae', '--init', 'x', '--lpips', '1'], '--lpips'), (['--align', 'backward'], r'\(nothing\), forward'), (['--model', 'learned', '--noise', 'slerp'], '--noise slerp')])
+    (['--freeze', 'vae', '--init', 'x', '--lpips', '1'], '--lpips'), (['--align', 'backward'], r'\(nothing\), forward'),
+    (['--model', 'learned', '--noise', 'slerp'], '--noise slerp')])
 def test_systems_that_make_no_sense(argv, word):
     with pytest.raises(UserError, match=word):
         train.main(argv)
