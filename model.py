@@ -516,8 +516,8 @@ def find_place(device='', dtype='', compile=None):
     if not device:
         device = ('cuda' if torch.cuda.is_available() else
                   'mps' if torch.backends.mps.is_available() else 'cpu')
-    if device == 'cuda' and 'LOCAL_RANK' in os.environ:
-        device = f'cuda:{os.environ["LOCAL_RANK"]}'
+    if device == 'cuda':                                           # set_device wants an index
+        device = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
     try:
         device = torch.device(device)
         torch.zeros(1, device=device)

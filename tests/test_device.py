@@ -1,0 +1,63 @@
+"""Which device a program takes. torch.cuda's functions are replaced by ones that are as strict as the real ones."""
+import types
+
+import pytest
+import torch
+
+from data import UserError
+from model import find_place
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """A machine with two GPUs, as far as find_place can see. -> what it did to them"""
+    seen, zeros = types.SimpleNamespace(current=0, bf16=True), torch.zeros
+
+    def set_device(device):
+        seen.current = torch.cuda._utils._get_device_index(device)     # the check of the real one
+
+    def on_gpu(*size, device=None, **more):
+        device = torch.device(device)
+        if device.type == 'cuda' and (device.index or 0) > 1:
+            raise RuntimeError('CUDA error: invalid device ordinal\nCUDA kernel errors might be ...')
+        return zeros(*size, device='cpu' if device.type == 'cuda' else device, **more)
+
+    def is_bf16_supported(including_emulation=True):                   # torch 2.9's and 2.13's
+        return seen.bf16
+
+    for name, function in dict(is_available=lambda: True, set_device=set_device,
+                               is_bf16_supported=is_bf16_supported).items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    monkeypatch.setattr(torch, 'zeros', on_gpu)
+    for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE'):
+        monkeypatch.delenv(name, raising=False)
+    return seen
+
+
+@pytest.mark.parametrize('asked, index', [('', 0), ('cuda', 0), ('cuda:0', 0), ('cuda:1', 1)])
+def test_one_process_takes_the_gpu_asked_for(two_gpus, asked, index):
+    place = find_place(asked)
+    assert place.device == torch.device('cuda', index) and two_gpus.current == index
+    assert place.dtype == torch.bfloat16 and place.compile
+
+
+def test_torchruns_processes_take_one_gpu_each(two_gpus, monkeypatch):
+    monkeypatch.setenv('LOCAL_RANK', '1')
+    assert find_place().device.index == find_place('cuda').device.index == two_gpus.current == 1
+
+
+@pytest.mark.parametrize('asked', ['cuda:2', 'cuda:x', 'gpu', 'cuda:-1'])
+def test_a_device_that_is_not_there_is_one_sentence(two_gpus, asked):
+    with pytest.raises(UserError, match=f"--device {asked} can't be used here: ") as e:
+        find_place(asked)
+    assert '\n' not in str(e.value)
+
+
+def test_old_gpus_compute_in_float32(two_gpus):
+    two_gpus.bf16 = False
+    assert find_place().dtype == torch.float32 and find_place(dtype='bfloat16').dtype == torch.bfloat16
+
+
+def test_a_cpu_does_not_ask_for_a_gpu(two_gpus):
+    place = find_place('cpu')
+    assert (place.device.type, place.dtype, place.compile) == ('cpu', torch.float32, False)
