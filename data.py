@@ -147,6 +147,7 @@ class Data:
     mirror: is a mirror image as right as the original?  load(i): PIL image, RGB; raises Unreadable.
     """
     mirror = True                                                  # digits or text would say False
+    notes = ()
 
     def __init__(self, class_names, labels):
         self.class_names, self.labels = list(class_names), np.asarray(labels, np.int64)

@@ -7,8 +7,10 @@ Nothing is detached: the flow's gradient reaches the encoder through x.
 """
 import argparse
 import atexit
+import contextlib
 import dataclasses
 from dataclasses import dataclass, field
+import datetime
 import math
 import os
 import pickle
@@ -153,7 +155,9 @@ class Config:
         require(self.l1 + self.l2 > 0 or self.codec == 'pixels',
                 'one of --l1 and --l2 must be positive: nothing else teaches the decoder')
         require(self.epochs + self.steps > 0, 'one of --steps and --epochs must be positive')
-        world = int(os.environ.get('WORLD_SIZE', 1))
+        # Alone, WORLD_SIZE counts in the plan only: what would each of so many processes do?
+        planned = self.dry_run or 'RANK' in os.environ
+        world = int(os.environ.get('WORLD_SIZE', 1)) if planned else 1
         require(self.batch_size % (world * self.grad_accum) == 0, f'--batch_size {self.batch_size} '
                 f'must be a multiple of {world} processes times --grad_accum {self.grad_accum}')
         self.check_system(require)
@@ -458,10 +462,13 @@ class Place:
     compile: bool
     rank: int = 0
     world: int = 1
+    patient: dist.ProcessGroup | None = None                       # waits long for process 0
 
     def autocast(self):
         """bfloat16 matrix products, if that is the dtype; parameters and sums stay float32."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        if self.dtype == torch.float32:                            # on a Mac, torch 2.9's warns
+            return contextlib.nullcontext()                        # even where it is turned off
+        return torch.autocast(self.device.type, self.dtype)
 
     def distribute(self, module):
         """-> the module, its gradients averaged over the processes, its weights those of rank 0"""
@@ -484,16 +491,16 @@ class Place:
         return number.item()
 
     def first(self, work):
-        """Result of work() on process 0, or the UserError it raised, on all of them."""
+        """Result of work() on process 0, or the UserError or OSError it raised, on all of them."""
         result = [None]
         if self.rank == 0:
             try:
                 result[0] = work()
-            except UserError as e:
+            except (UserError, OSError) as e:
                 result[0] = e
         if self.world > 1:
-            dist.broadcast_object_list(result)
-        if isinstance(result[0], UserError):
+            dist.broadcast_object_list(result, group=self.patient)
+        if isinstance(result[0], (UserError, OSError)):
             raise result[0]
         return result[0]
 
@@ -513,6 +520,7 @@ class Place:
 def find_place(device='', dtype='', compile=None):
     """-> Place: the best device here, or the one asked for, as torchrun's environment has it.
     UserError for a device or dtype that is not."""
+    check_launch()
     if not device:
         device = ('cuda' if torch.cuda.is_available() else
                   'mps' if torch.backends.mps.is_available() else 'cpu')
@@ -537,7 +545,21 @@ def find_place(device='', dtype='', compile=None):
         dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo')
         atexit.register(leave_processes)
         place.rank, place.world = dist.get_rank(), dist.get_world_size()
+        # While process 0 downloads, or lists a cold disk, the others wait: by default half an hour.
+        place.patient = dist.new_group(backend='gloo', timeout=datetime.timedelta(hours=12))
     return place
+
+
+def check_launch():
+    """UserError if this is one of several processes and does not know which."""
+    names = 'RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'
+    missing = [name for name in names if name not in os.environ]
+    if 'RANK' in os.environ and missing:
+        raise UserError(f'RANK is set, but not {", ".join(missing)}: start by torchrun, which sets '
+                        'them all, or unset RANK')
+    if 'RANK' not in os.environ and int(os.environ.get('SLURM_NTASKS', 1)) > 1:
+        raise UserError('srun would start this program SLURM_NTASKS times, each alone: start one '
+                        'torchrun a node, or set SLURM_NTASKS=1 for a single process')
 
 
 def leave_processes():
@@ -616,15 +638,19 @@ def load_checkpoint(path, option='--ckpt', mmap=False):
     try:
         state = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
         state['class_names'], state['step'], state['ema']
-        state['config'] = {name: state['config'].get(name, default)          # may lack a newer one
-                           for name, default in dataclasses.asdict(Config()).items()}
-        return state
+        known = dataclasses.asdict(Config())
+        newer = [f'--{name}' for name in state['config'] if name not in known]
+        state['config'] = known | state['config']                  # which may lack an option
     except FileNotFoundError:
         raise UserError(f'there is no checkpoint {path}; train one with `python train.py`, or name '
                         f'one with {option}')
     except DAMAGED as e:
         raise UserError(f'{path} is not a checkpoint of train.py, or is damaged '
                         f'({type(e).__name__})')
+    if newer:
+        raise UserError(f'{path} has options that this version does not know: {", ".join(newer)}; '
+                        'use the version that trained it')
+    return state
 
 
 def load_model(path):
@@ -632,8 +658,12 @@ def load_model(path):
     state = load_checkpoint(path, mmap=True)                       # of which it takes a quarter
     config = Config(**state['config'])
     model = SimFlow(config, len(state['class_names'])).eval().requires_grad_(False)
-    model.load_state_dict({name: value for name, value in state['ema'].items()
-                           if not name.startswith('projector.')})  # an aligned run's, now useless
+    try:
+        model.load_state_dict({name: value for name, value in state['ema'].items()
+                               if not name.startswith('projector.')})      # only for training
+    except RuntimeError as e:
+        raise UserError(f'{path} holds other weights than its own options say '
+                        f'({str(e).splitlines()[-1].strip()}); use the version that trained it')
     return model, config, state['class_names']
 
 
@@ -686,8 +716,9 @@ def adaptive_weight(grad_rec, grad_gan):
 class LPIPS(nn.Module):
     """Perceptual distance (Zhang et al. 2018, arXiv:1801.03924), version 0.1 on VGG16's features.
 
-    Two images (B, 3, H, W) in [-1, 1] -> (B,): squared differences of channel-normalised features,
-    weighted channel by channel (the heads), averaged over positions, summed over five depths.
+    image, original (B, 3, H, W) in [-1, 1] -> (B,): squared differences of channel-normalised
+    features, weighted channel by channel (the heads), averaged over positions, summed over five
+    depths.
     """
     DEPTHS = (2, 64), (2, 128), (3, 256), (3, 512), (3, 512)       # VGG16's convolutions, channels
 
@@ -714,13 +745,22 @@ class LPIPS(nn.Module):
             head.copy_(heads[f'lin{i}.model.1.weight'])
         return self
 
-    def forward(self, a, b):
-        total, h = 0, (torch.cat([a, b]) - self.shift) / self.scale
-        for start, end, head in zip([0, *self.ends], self.ends, self.heads):
+    def directions(self, image):
+        """(B, 3, H, W) -> five feature maps (B, c, h, w), of norm 1 at every position"""
+        h, maps = (image - self.shift) / self.scale, []
+        for start, end in zip([0, *self.ends], self.ends):
             h = self.features[start:end](h)
             f = h.float()                                          # squares underflow in bf16
-            unit_a, unit_b = (f / (f.norm(dim=1, keepdim=True) + 1e-10)).chunk(2)
-            total = total + (head * (unit_a - unit_b).square()).sum(1).mean((1, 2))
+            maps.append(f / (f.norm(dim=1, keepdim=True) + 1e-10))
+        return maps
+
+    def forward(self, image, original):
+        """Differentiable in the image only: training wants no more, and it halves the memory."""
+        with torch.no_grad():
+            theirs = self.directions(original)
+        total = 0
+        for head, a, b in zip(self.heads, self.directions(image), theirs):
+            total = total + (head * (a - b).square()).sum(1).mean((1, 2))
         return total
 
 

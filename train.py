@@ -5,7 +5,7 @@
     torchrun --nproc_per_node=8 train.py --model XXL --data imagenet/train
 
 Writes to --out: ckpt.pt, log.csv, samples_*.png (EMA weights, a row a class) and recon_*.png
-(originals above reconstructions). Run the same command again to go on where it stopped.
+(originals above reconstructions). The same command, run again, resumes where it stopped.
 """
 import contextlib
 import copy
@@ -30,12 +30,17 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import UserError, batches, check, cli, open_data
+from data import UserError, batches, cli, open_data
 from flow import Layer
 from model import (LPIPS, PRESETS, PRIOR, RECON, TRAIN, Aligned, Config, DINOv2, Discriminator,
                    Place, SimFlow, adaptive_weight, alignment, find_place, from_uint8, generator,
                    grid, hinge, load_checkpoint, load_lpips, load_teacher, mix_seed, parse_options,
                    sample_images, to_uint8)
+
+try:
+    import fcntl
+except ImportError:                                                # Windows has no such locks
+    fcntl = None
 
 # What makes a codec: with another value of these, --init would have nothing to take.
 CODEC = 'codec latent_dim latent_norm vae_width vae_mults vae_patch'.split()
@@ -114,9 +119,14 @@ class Trainer:
             self.names += ['gan', 'd_weight', 'd_loss', 'logits_real', 'logits_fake', 'd_grad_norm']
         self.ddp = place.distribute(self.model)
         self.ddps = [self.ddp] + ([self.disc_ddp] if config.gan else [])
-        zeros = torch.zeros(len(self.names), device=place.device)
-        self.totals, self.count = zeros, 0                         # since the log's last row
-        self.failed, self.failed_step = zeros.bool(), zeros[0].long()
+        self.count, self.totals = 0, torch.zeros(len(self.names), device=place.device)
+        self.reset()
+
+    def reset(self):
+        """A new row of the log begins: the sums over its steps, and which of them were skipped."""
+        self.count, self.totals = 0, torch.zeros_like(self.totals)
+        self.skipped, self.broken_step = self.totals[0].long(), self.totals[0].long()
+        self.broken = self.totals.bool()                           # terms, at the first one skipped
 
     def compile(self):
         """In place, so names in checkpoints stay clean; part by part, as all layers of the flow
@@ -204,7 +214,8 @@ class Trainer:
         return weight, grad_gan
 
     def update(self, terms, adversarial, lr):
-        """Clip, agree on all processes that all is finite, step; the host never waits for a GPU."""
+        """Clip, step, average. If a term is not finite on some process, all of them skip the step:
+        weights, optimizers and averages stay as they are. The host never waits for a GPU."""
         c = self.config
         terms['grad_norm'] = nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
         if adversarial:
@@ -212,41 +223,46 @@ class Trainer:
         values = torch.stack([terms.get(name, self.totals[0] * 0) for name in self.names]).float()
         self.place.mean(values)                                    # bad for one is bad for all
         broken = ~torch.isfinite(values)
-        first = broken.any() & ~self.failed.any()
-        self.failed = torch.where(first, broken, self.failed)
-        self.failed_step = torch.where(first, self.step, self.failed_step)
-        failed = self.failed.any().float()                         # from then on, nothing changes
+        skip = broken.any()
+        first = skip & (self.skipped == 0)
+        self.broken = torch.where(first, broken, self.broken)
+        self.broken_step = torch.where(first, self.step, self.broken_step)
         self.opt.param_groups[0]['lr'] = lr
         opts = [self.opt, self.disc_opt] if adversarial else [self.opt]
         for opt in opts:
-            opt.found_inf = failed                                 # fused kernels skip if it is 1
-            opt.step()
+            opt.found_inf = skip.float()                           # fused kernels skip if it is 1,
+            if self.place.device.type != 'mps' or not skip:        # but a Mac's does not look
+                opt.step()
             opt.zero_grad(set_to_none=True)
-        weight = (1 - ema_decay(c, self.step)) * (1 - failed)
+        # Weights that did not move need no gate: the average may come closer to them.
         ema, now = list(self.ema.parameters()), list(self.model.parameters())
-        torch._foreach_lerp_(ema, now, [weight] * len(now))
+        torch._foreach_lerp_(ema, now, 1 - ema_decay(c, self.step))
         if c.prior == 'vp':
-            self.model.flow.track(self.place.mean, failed)
+            self.model.flow.track(self.place.mean, skip)
         for average, value in zip(self.ema.buffers(), self.model.buffers()):
             average.copy_(value)                                   # running means already
-        self.totals = torch.where(failed > 0, self.totals, self.totals + values)
+        self.totals = torch.where(skip, self.totals, self.totals + values)
+        self.skipped = self.skipped + skip
         self.step, self.count = self.step + 1, self.count + 1
 
-    def require_finite(self):
-        """Stop every process if a term was not finite. Waits for the device. SystemExit"""
-        if self.failed.any():
-            names = ' and '.join(name for name, bad in zip(self.names, self.failed.tolist()) if bad)
-            sys.exit(1 if self.place.rank else
-                     f'error: {names} became infinite or NaN at step {self.failed_step.item()}; '
-                     'the weights were kept from it, and ckpt.pt is the last good one: go on from '
-                     'it with a lower --lr')
-
-    def averages(self):
-        """Of each term since the last call; of the unreadable images replaced, the sum."""
-        values = dict(zip(self.names, (self.totals / self.count).tolist()))
-        values['replaced'] = round(values['replaced'] * self.count)
-        self.totals, self.count = torch.zeros_like(self.totals), 0
-        return values
+    def row(self):
+        """Averages of the terms since the last row, over the steps that were not skipped; for
+        `replaced`, and for `skipped`, the number. Says what was skipped; if that was every step,
+        SystemExit. Waits for the device."""
+        skipped = self.skipped.item()
+        good = self.count - skipped
+        if skipped:
+            names = ' and '.join(n for n, bad in zip(self.names, self.broken.tolist()) if bad)
+            said = f'{names} infinite or NaN at step {self.broken_step.item()}'
+            if not good:
+                sys.exit(1 if self.place.rank else
+                         f'error: {said}, and none of the {skipped} steps since then was finite; '
+                         'ckpt.pt is from before: resume it with a lower --lr')
+            self.place.print(f'{said}: skipped {skipped} of {self.count} steps')
+        row = dict(zip(self.names, (self.totals / good).tolist()))
+        row |= {'replaced': round(row['replaced'] * good), 'skipped': skipped}
+        self.reset()
+        return row
 
     def start_from(self, state):
         """Take the averaged weights of a checkpoint's codec and, if it has one of the same kind and
@@ -268,8 +284,8 @@ class Trainer:
     def state(self):
         """Tensors and plain containers only."""
         state = {'step': self.step, 'totals': self.totals, 'count': self.count,
-                 'model': self.model.state_dict(), 'ema': self.ema.state_dict(),
-                 'opt': self.opt.state_dict()}
+                 'skipped': self.skipped, 'model': self.model.state_dict(),
+                 'ema': self.ema.state_dict(), 'opt': self.opt.state_dict()}
         if self.config.gan:
             state |= {'disc': self.disc.state_dict(), 'disc_opt': self.disc_opt.state_dict()}
         return state
@@ -279,6 +295,7 @@ class Trainer:
         self.step = state['step']
         if len(state['totals']) == len(self.names):                # else the averages start anew
             self.totals, self.count = state['totals'].to(self.place.device), state['count']
+            self.skipped = state.get('skipped', self.skipped).to(self.place.device)
         for name in state.keys() & {'opt', 'disc_opt'}:            # as configured, not as saved
             state[name]['param_groups'] = getattr(self, name).state_dict()['param_groups']
         for name in state.keys() & {'model', 'ema', 'opt', 'disc', 'disc_opt'}:
@@ -294,25 +311,32 @@ def adamw(module, lr, beta2, weight_decay=0.0):
 
 def save(trainer, data):
     """Atomic: a kill at any moment leaves the old checkpoint or the new one, never half of either.
-    SystemExit rather than a checkpoint that is not finite."""
-    trainer.require_finite()
+    UserError if it can't be written, as on a full disk."""
     if trainer.place.rank:
         return
     path = os.path.join(trainer.config.out, 'ckpt.pt')
     state = trainer.state() | {'config': dataclasses.asdict(trainer.config),
-                               'class_names': data.class_names}
-    with open(path + '.tmp', 'wb') as f:
-        torch.save(state, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path + '.tmp', path)
+                               'class_names': data.class_names, 'images': len(data)}
+    try:
+        os.makedirs(trainer.config.out, exist_ok=True)             # somebody may have removed it
+        with open(path + '.tmp', 'wb') as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(path + '.tmp', path)
+    except (OSError, RuntimeError) as e:                           # the latter is torch's
+        with contextlib.suppress(OSError):
+            os.remove(path + '.tmp')
+        raise UserError(f'{path} could not be written at step {trainer.step} '
+                        f'({str(e).splitlines()[0]}); an older one is untouched: make room, and '
+                        'the same command resumes from it')
 
 
 def resume(trainer, data):
     """Go on from --out/ckpt.pt if there is one; UserError if it is of another run, or if not all
     processes find the same."""
     path = os.path.join(trainer.config.out, 'ckpt.pt')
-    saved = load_checkpoint(path) if os.path.exists(path) else None
+    saved = load_checkpoint(path, mmap=True) if os.path.exists(path) else None
     step = saved['step'] if saved else 0
     if trainer.place.max(step) != -trainer.place.max(-step):       # all notice, so none hangs
         raise UserError(f'{path} is not there on some machine, or older than on another; --out '
@@ -336,6 +360,8 @@ def resume(trainer, data):
     trainer.load(saved)
     changed = [f', --{k} {show(was[k])} -> {show(v)}' for k, v in now.items()
                if was[k] != v and k != 'init']                     # long done with
+    if saved.get('images', len(data)) != len(data):
+        changed.append(f', {saved["images"]} -> {len(data)} images, in a new order')
     trainer.place.print(f'resuming {path} at step {trainer.step}' + ''.join(changed))
 
 
@@ -345,17 +371,32 @@ def show(value):
 
 
 class Log:
-    """out/log.csv: a row every log_interval steps; those after the resumed step are dropped."""
+    """log.csv: a row every log_interval steps. As long as this process has it open, no other run
+    can have it: UserError."""
 
-    def __init__(self, path, columns, step):
-        rows = []
-        if os.path.exists(path):
-            with open(path, newline='') as f:
-                rows = [row for row in csv.DictReader(f) if int(row['step']) <= step]
-        self.file = open(path, 'w', newline='')
+    def __init__(self, path):
+        os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+        self.file = open(path, 'a+', newline='', errors='replace')
+        try:
+            if fcntl:
+                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise UserError(f'another run is writing to {os.path.dirname(path)}; wait for it, end '
+                            'it, or give this one another --out')
+        except OSError:                                            # a file system without locks
+            pass
+
+    def start(self, columns, step):
+        """Keep the rows up to `step`. What can't be read, as after a power cut, is dropped."""
+        self.file.seek(0)
+        *lines, _ = self.file.read().replace('\0', '').split('\n')          # whole lines only
+        table = [line.strip().split(',') for line in lines] or [[]]
+        rows = [dict(zip(table[0], row)) for row in table[1:] if len(row) == len(table[0])]
+        self.file.truncate(0)
         self.writer = csv.DictWriter(self.file, columns, extrasaction='ignore')
         self.writer.writeheader()
-        self.writer.writerows(rows)
+        self.writer.writerows(row for row in rows if row.get('step', '').isdecimal()
+                              and int(row['step']) <= step)
         self.file.flush()
 
     def write(self, row):
@@ -517,18 +558,23 @@ def print_plan(config):
 # ----------------------------------------------------------------------------------------- the loop
 
 class Interrupt:
-    """SIGINT (Ctrl-C) and SIGTERM end the run after the step they come in; a second Ctrl-C ends it
-    at once, by KeyboardInterrupt."""
+    """Ctrl-C, SIGTERM, a closed terminal (SIGHUP) and the warnings of schedulers (SIGUSR1, SIGUSR2)
+    end the run after the step they come in, with a checkpoint; a second signal ends it at once."""
+    NAMES = 'SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1', 'SIGUSR2'    # Windows lacks the last three
 
     def __init__(self):
-        self.signal = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.receive)
+        self.signal, self.time = 0, 0.0
+        for number in [getattr(signal, name) for name in self.NAMES if hasattr(signal, name)]:
+            # Under nohup, a closed terminal is no reason to end.
+            if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self.receive)
 
     def receive(self, number, frame):
-        if self.signal == number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal = self.signal or number
+        # torchrun passes on what a scheduler may have sent to its processes already.
+        again = number == self.signal and time.monotonic() < self.time + 1
+        if self.signal and not (again and number != signal.SIGINT):
+            os._exit(128 + number)                                 # waits for nobody
+        self.signal, self.time = number, time.monotonic()
 
 
 class Meter:
@@ -567,8 +613,7 @@ TIMING = ['images_per_s', 'data_wait', 'mfu']
 
 def write_row(trainer, log, meter, lr, steps):
     """Averages since the last row, to the log and to the terminal."""
-    trainer.require_finite()
-    row = {'step': trainer.step} | trainer.averages() | {'lr': lr} | meter.row()
+    row = {'step': trainer.step} | trainer.row() | {'lr': lr} | meter.row()
     if log:
         log.write(row)
     shown = [f'{name} {row[name]:.4g}' for name in [*trainer.names, 'images_per_s', 'data_wait']
@@ -578,15 +623,17 @@ def write_row(trainer, log, meter, lr, steps):
 
 def train(config, data, place):
     """Train to the end, to --stop_at or to a signal -> the signal's number, or 0. UserError if
-    --out holds another run, SystemExit if a term is not finite."""
+    --out holds another run, SystemExit if no step is finite any more."""
     steps = total_steps(config, len(data))
     last = min(steps, config.stop_at or steps)
+    path = os.path.join(config.out, 'log.csv')
+    log = place.in_turn(lambda: Log(path) if place.rank == 0 else None)
     trainer = Trainer(config, len(data.class_names), place)
     if config.init and not os.path.exists(os.path.join(config.out, 'ckpt.pt')):
         place.print(trainer.start_from(load_checkpoint(config.init, '--init')))
     resume(trainer, data)
-    columns = ['step', *trainer.names, 'lr', *TIMING]
-    log = place.rank == 0 and Log(os.path.join(config.out, 'log.csv'), columns, trainer.step)
+    if log:
+        log.start(['step', *trainer.names, 'skipped', 'lr', *TIMING], trainer.step)
     meter, interrupt = Meter(config, trainer.classes, place), Interrupt()
     flip = data.mirror if config.flip is None else config.flip
     feed = batches(data, config.image_size, config.batch_size, config.seed, flip, trainer.step,
@@ -611,30 +658,41 @@ def train(config, data, place):
     return stopped
 
 
+def can_compile(place, asked):
+    """Does torch.compile work here? It needs a C compiler, and on GPUs Triton. If not, a UserError
+    if it was asked for, else a line that says so."""
+    try:
+        torch.compile(torch.sin)(torch.zeros(1, device=place.device))
+        return True
+    except Exception as e:                                         # of many kinds and packages
+        lines = [line for line in str(e).splitlines() if line.strip()]
+        text = f'torch.compile does not work here ({lines[0] if lines else type(e).__name__})'
+        if asked:
+            raise UserError(f'{text}; leave --compile away')
+        place.print(f'{text}; training without it, more slowly')
+        return False
+
+
 def main(argv):
     config = parse_options(Config, argv, 'Train SimFlow.', PRESETS)
     config.check()
     if config.dry_run:
         return print_plan(config)
     place = find_place(config.device, config.dtype, config.compile)
+    if place.compile:
+        place.compile = can_compile(place, asked=config.compile)
     data = place.in_turn(lambda: open_data(config.data))
-    broken = place.first(lambda: check(data))
+    for note in data.notes:
+        place.print(note)
     place.print(f'{len(data):,} images, {len(data.class_names)} classes; '
                 f'{place.world} x {place.device.type}, {str(place.dtype).split(".")[1]}'
                 f'{", compiled" if place.compile else ""}')
-    if broken:
-        place.print(f'{len(broken)} unreadable images will be replaced by others: '
-                    f'{", ".join(broken[:10])}')
-    try:
-        os.makedirs(config.out, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"--out {config.out} can't be written: {e.strerror}")
     stopped = train(config, data, place)
     ckpt = os.path.join(config.out, 'ckpt.pt')
     if stopped:
         place.print(f'stopped by {signal.Signals(stopped).name}; saved {ckpt}, the same command '
-                    'goes on from there')
-        sys.exit(130 if stopped == signal.SIGINT else 0)
+                    'resumes from there')
+        sys.exit(128 + stopped)                                    # for schedulers: not done yet
     place.print(f'saved {ckpt}; make images with: python sample.py --ckpt {ckpt}')
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from data import UserError
-from model import find_place
+from model import Config, find_place
 
 
 @pytest.fixture
@@ -51,6 +51,20 @@ def test_a_device_that_is_not_there_is_one_sentence(two_gpus, asked):
     with pytest.raises(UserError, match=f"--device {asked} can't be used here: ") as e:
         find_place(asked)
     assert '\n' not in str(e.value)
+
+
+def test_launchers_that_say_half_are_refused(monkeypatch):
+    monkeypatch.setenv('RANK', '0')
+    with pytest.raises(UserError, match='RANK is set, but not LOCAL_RANK, WORLD_SIZE, .*torchrun'):
+        find_place('cpu')
+    monkeypatch.delenv('RANK')
+    monkeypatch.setenv('WORLD_SIZE', '3')                              # alone it means nothing,
+    Config(batch_size=8, lpips=0.0).check()
+    with pytest.raises(UserError, match='--batch_size 8'):             # but a plan for so many
+        Config(batch_size=8, lpips=0.0, dry_run=True).check()
+    monkeypatch.setenv('SLURM_NTASKS', '8')
+    with pytest.raises(UserError, match='torchrun'):
+        find_place('cpu')
 
 
 def test_old_gpus_compute_in_float32(two_gpus):

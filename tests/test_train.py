@@ -1,8 +1,9 @@
-"""Training as its users meet it: resume to the bit, one process equals two, interruptions, numbers that are none."""
+"""Training as its users meet it: bit-exact resume, one process equals two, interruptions, numbers that are none."""
 import csv
 import dataclasses
 import os
-import re
+import multiprocessing
+import shutil
 import signal
 import subprocess
 import sys
@@ -54,8 +55,9 @@ def same(a, b):
 # ------------------------------------------------------------------------------------------------------------ resume
 
 @pytest.mark.parametrize('extra', [['--gan_adaptive', '0'], ['--gan_start', '3', '--grad_accum', '2']])
-def test_resume_to_the_bit(tmp_path, extra):
-    """20 + 20 steps are 40, whatever is cut: the log's averages too, of which one spans the cut."""
+def test_resume_is_bit_exact(tmp_path, monkeypatch, extra):
+    """20 + 20 steps are 40, whatever is cut: the log's averages too, of which one spans the cut and a skipped step."""
+    spoil(monkeypatch, lambda step: step == 18)
     options = TINY + ['--steps', '40', '--log_interval', '8', '--sample_interval', '0'] + extra
     train.main([*options, '--out', str(tmp_path / 'once')])
     train.main([*options, '--out', str(tmp_path / 'twice'), '--stop_at', '20'])
@@ -68,6 +70,7 @@ def test_resume_to_the_bit(tmp_path, extra):
     assert same(once, twice)
     assert read_log(tmp_path / 'once') == read_log(tmp_path / 'twice')
     assert [row['step'] for row in read_log(tmp_path / 'once')] == ['8', '16', '24', '32', '40']
+    assert [row['skipped'] for row in read_log(tmp_path / 'twice')] == ['0', '0', '1', '0', '0']
 
 
 def test_resume_refuses_a_new_kind_of_run_from_an_old_checkpoint(tmp_path):
@@ -91,14 +94,53 @@ def test_pixels_compile(tmp_path):
                 '--device', 'cpu', '--sample_interval', '0', '--compile', '1', '--out', str(tmp_path)])
 
 
+def log_of(path, columns, step):
+    log = train.Log(path)
+    log.start(columns, step)
+    return log
+
+
 def test_rows_after_the_resumed_step_are_dropped(tmp_path):
     path = tmp_path / 'log.csv'
-    log = train.Log(path, ['step', 'loss'], 0)
+    log = log_of(path, ['step', 'loss'], 0)
     for step in (10, 20, 30):
         log.write({'step': step, 'loss': step / 2})
-    log = train.Log(path, ['step', 'loss'], 20)
-    log.write({'step': 30, 'loss': 99.0})
-    assert path.read_text().split() == ['step,loss', '10,5', '20,10', '30,99']
+    log = log_of(path, ['step', 'loss', 'new'], 20)
+    log.write({'step': 30, 'loss': 99.0, 'new': 1})
+    assert path.read_text().split() == ['step,loss,new', '10,5,', '20,10,', '30,99,1']
+
+
+@pytest.mark.parametrize('damage, kept', [
+    (b'step,loss\n10,5\n20,1\0\0\0\n\0\0\0\0', ['10,5', '20,1']), (b'step,loss\n10,5\n20,10\n20,1', ['10,5', '20,10']),
+    (b'step,loss\n10\n,\n\n10,5,9\n20,10\n', ['20,10']), (b'name,age\nAda,36\n', []), (b'\xff\xfe\0"\n"', []),
+    (b'\0' * 99, [])])
+def test_a_damaged_log_stops_nobody(tmp_path, damage, kept):
+    path = tmp_path / 'log.csv'
+    path.write_bytes(damage)
+    log_of(path, ['step', 'loss'], 20)
+    assert path.read_text().split() == ['step,loss', *kept]
+
+
+def test_two_runs_cannot_share_a_folder(tmp_path):
+    """The lock is the process's: it goes with it, however it ends."""
+    def refused():
+        process = multiprocessing.get_context('fork').Process(target=lambda: sys.exit(refuses(tmp_path / 'log.csv')))
+        process.start()
+        process.join()
+        return process.exitcode
+
+    log = train.Log(tmp_path / 'log.csv')
+    assert refused() == 1
+    log.file.close()
+    assert refused() == 0
+
+
+def refuses(path):
+    try:
+        train.Log(path)
+    except UserError as e:
+        return int('another run' in str(e))
+    return 0
 
 
 def test_resume_refuses_another_run(tmp_path):
@@ -131,6 +173,38 @@ def test_resume_takes_what_may_change_from_the_command_line(tmp_path, monkeypatc
     assert state['opt']['param_groups'][0]['betas'] == (0.9, 0.5)
 
 
+@pytest.mark.parametrize('error', [OSError(28, 'No space left on device'), RuntimeError('unexpected pos 64 vs 0')])
+def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(tmp_path, monkeypatch, error):
+    options = TINY + ['--sample_interval', '0', '--out', str(tmp_path), '--steps']
+    train.main([*options, '1'])
+    before = (tmp_path / 'ckpt.pt').read_bytes()
+
+    def half(state, file):
+        file.write(b'half')
+        raise error
+    monkeypatch.setattr(torch, 'save', half)
+    with pytest.raises(UserError, match=f'ckpt.pt could not be written at step 2 .*{error.args[-1]}'):
+        train.main([*options, '2'])
+    assert (tmp_path / 'ckpt.pt').read_bytes() == before and sorted(os.listdir(tmp_path)) == ['ckpt.pt', 'log.csv']
+
+
+def test_a_folder_that_was_removed_is_made_again(tmp_path, monkeypatch):
+    out, step = tmp_path / 'out', train.Trainer.train_step
+    monkeypatch.setattr(train.Trainer, 'train_step', lambda *args: (step(*args), shutil.rmtree(out, ignore_errors=True)))
+    train.main([*TINY, '--sample_interval', '0', '--steps', '2', '--out', str(out)])
+    assert os.listdir(out) == ['ckpt.pt']
+
+
+def test_other_data_are_announced(tmp_path, capsys):
+    options = TINY + ['--sample_interval', '0', '--out', str(tmp_path / 'out'), '--steps']
+    for n in (24, 28):
+        for i in range(n):
+            (tmp_path / 'images').mkdir(exist_ok=True)
+            Image.new('RGB', (16, 16), (9 * i, 0, 0)).save(tmp_path / 'images' / f'{i}.png')
+        train.main([*options, str(n), '--data', str(tmp_path / 'images')])
+    assert '24 -> 28 images' in capsys.readouterr().out
+
+
 def test_kill_9_never_costs_the_checkpoint(tmp_path):
     options = TINY + ['--steps', '100000', '--save_interval', '1', '--sample_interval', '0', '--log_interval', '5']
     for _ in range(3):
@@ -159,7 +233,41 @@ def train_until(out, reached):
     raise AssertionError('no progress')
 
 
-@pytest.mark.parametrize('number, code', [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.fixture
+def handlers():
+    """The test may change how signals are handled."""
+    numbers = [getattr(signal, name) for name in train.Interrupt.NAMES]
+    before = [signal.getsignal(number) for number in numbers]
+    yield numbers
+    for number, handler in zip(numbers, before):
+        signal.signal(number, handler)
+
+
+def test_every_signal_asks_for_an_end_and_a_second_one_does_not_wait(handlers, monkeypatch):
+    codes = []
+    monkeypatch.setattr(os, '_exit', codes.append)
+    for number in handlers:
+        interrupt = train.Interrupt()
+        signal.raise_signal(number)
+        assert interrupt.signal == number and not codes
+        if number != signal.SIGINT:                                # torchrun's echo of a scheduler's
+            signal.raise_signal(number)
+            assert not codes
+            interrupt.time -= 2
+        signal.raise_signal(number)
+        assert codes.pop() == 128 + number
+        signal.raise_signal(signal.SIGINT)                         # another one never waits
+        assert codes.pop() == 128 + signal.SIGINT
+
+
+def test_nohup_is_respected(handlers):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    interrupt = train.Interrupt()
+    signal.raise_signal(signal.SIGHUP)
+    assert not interrupt.signal
+
+
+@pytest.mark.parametrize('number, code', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signals_save_and_end(tmp_path, number, code):
     """Sent to the whole process group, loading processes and all, as a terminal or a scheduler does."""
     options = TINY + ['--steps', '100000', '--save_interval', '1', '--sample_interval', '0', '--workers', '1']
@@ -168,7 +276,7 @@ def test_signals_save_and_end(tmp_path, number, code):
     done = train_until(tmp_path, lambda step, start: step > start)
     os.killpg(process.pid, number)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == code and 'goes on from there' in out and 'Traceback' not in err
+    assert process.returncode == code and 'resumes from there' in out and 'Traceback' not in err
     assert torch.load(tmp_path / 'ckpt.pt', weights_only=True)['step'] >= done
 
 
@@ -230,26 +338,38 @@ def test_two_processes_train_and_sample(tmp_path, extra):
 
 # ------------------------------------------------------------------------------------------------- numbers that are none
 
-@pytest.mark.parametrize('processes', [1, 2])
-def test_non_finite_terms_touch_nothing_and_stop_everyone(tmp_path, processes):
-    out = tmp_path / 'weights'
-    worker = [os.path.join(ROOT, 'tests', 'worker.py'), 'nan', str(out), *TINY]
-    result = run(torchrun(processes, *worker) if processes > 1 else python(*worker))
-    assert result.returncode != 0
-    assert re.search(r'error: loss.* and nll .*at step 1;', result.stderr.replace('\n', ' '))
-    for rank in range(processes):
-        before, after = torch.load(f'{out}.{rank}', weights_only=True)
-        assert same(before, after) and all(p.isfinite().all() for p in after)
+def test_a_step_that_is_not_finite_in_one_process_is_left_out_in_all(tmp_path):
+    """Weights, optimizers, discriminator, averages and the sums for the log, in each of two processes."""
+    out = tmp_path / 'states'
+    result = run(torchrun(2, os.path.join(ROOT, 'tests', 'worker.py'), 'nan', str(out), *TINY, '--prior', 'vp'))
+    assert result.returncode == 0, result.stderr
+    for rank in range(2):
+        skipped, left_out = torch.load(f'{out}.{rank}', weights_only=True)
+        assert (skipped.pop('count'), skipped.pop('skipped'), left_out.pop('count'), left_out.pop('skipped')) == (4, 1, 3, 0)
+        assert same(skipped, left_out)
+        assert all(value.isfinite().all() for value in skipped['model'].values())
 
 
-def test_no_checkpoint_of_a_broken_run(tmp_path, monkeypatch):
-    draw = train.draw
-    monkeypatch.setattr(train, 'draw', lambda config, classes, step, y, place: (
-        draw(config, classes, step, y, place)[0] * (float('nan') if step == 5 else 1), y))
-    with pytest.raises(SystemExit, match='step 5'):
-        train.main([*TINY, '--steps', '9', '--save_interval', '4', '--sample_interval', '0', '--log_interval', '9',
+def spoil(monkeypatch, bad):
+    """Let the noise of each step that `bad` says be NaN."""
+    def spoiled(config, classes, step, y, place, draw=train.draw):
+        noise, y = draw(config, classes, step, y, place)
+        return noise * (float('nan') if bad(step) else 1), y
+    monkeypatch.setattr(train, 'draw', spoiled)
+
+
+def test_a_run_ends_when_a_whole_interval_was_skipped(tmp_path, monkeypatch, capsys):
+    """One bad step at 1, and from 6 on nothing else; a row every 4 steps."""
+    spoil(monkeypatch, lambda step: step == 1 or step >= 6)
+    with pytest.raises(SystemExit, match='nll.* at step 8, and none of the 4 steps since') as e:
+        train.main([*TINY, '--steps', '99', '--save_interval', '4', '--sample_interval', '0', '--log_interval', '4',
                     '--out', str(tmp_path)])
-    assert torch.load(tmp_path / 'ckpt.pt', weights_only=True)['step'] == 4
+    assert 'lower --lr' in str(e.value.code)
+    said = capsys.readouterr().out
+    assert 'at step 1: skipped 1 of 4 steps' in said and 'at step 6: skipped 2 of 4 steps' in said
+    assert [row['skipped'] for row in read_log(tmp_path)] == ['1', '2']
+    state = torch.load(tmp_path / 'ckpt.pt', weights_only=True)
+    assert state['step'] == 8 and all(value.isfinite().all() for value in state['model'].values())
 
 
 # --------------------------------------------------------------------------------------------------------- schedules

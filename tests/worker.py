@@ -9,10 +9,10 @@ from model import PRESETS, Config, find_place, parse_options
 import train
 
 
-def make(options):
+def make(options, place=None):
     """A trainer whose weights are far from their initial zeros, and its share of the first batch."""
     config = parse_options(Config, options, '', PRESETS)
-    place = find_place('cpu', '', config.compile)
+    place = place or find_place('cpu', '', config.compile)
     trainer = train.Trainer(config, 10, place)
     g = torch.Generator().manual_seed(0)
     for p in trainer.model.parameters():
@@ -34,21 +34,26 @@ def grads(out, options):
 
 
 def nan(out, options):
-    """Noise is infinite in the last process only, from step 1 on. Before and after are each process's weights."""
+    """Four steps: one run whose noise is infinite at step 2 in the last process only, and one that has no step 2.
+    Each process saves what it has of both."""
     trainer, image, y = make(options)
-    rank, draw = trainer.place.rank, train.draw
+    place, draw, states = trainer.place, train.draw, []
 
     def bad_draw(config, classes, step, labels, place):
         noise, labels = draw(config, classes, step, labels, place)
-        return noise * (float('inf') if step and rank == place.world - 1 else 1), labels
+        return noise * (float('inf') if step == 2 and place.rank == place.world - 1 else 1), labels
     train.draw = bad_draw
-    weights = lambda: [p.detach().clone() for p in [*trainer.model.parameters(), *trainer.ema.parameters()]]
-    trainer.train_step(image, y, lr=1e-3)
-    before = weights()
-    for _ in range(2):
-        trainer.train_step(image, y, lr=1e-3)
-    torch.save((before, weights()), f'{out}.{rank}')
-    trainer.require_finite()
+    for leave_out in (False, True):
+        trainer, image, y = make(options, place)
+        for step in range(4):
+            if step == 2 and leave_out:
+                trainer.step += 1
+                weight = 1 - train.ema_decay(trainer.config, step)
+                torch._foreach_lerp_(list(trainer.ema.parameters()), list(trainer.model.parameters()), weight)
+            else:
+                trainer.train_step(image, y, lr=1e-3)
+        states.append(trainer.state())
+    torch.save(states, f'{out}.{place.rank}')
 
 
 if __name__ == '__main__':
