@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from data import UserError
-from model import Config, find_place
+from model import Config, Place, find_place
+import train
 
 
 @pytest.fixture
@@ -75,3 +76,17 @@ def test_old_gpus_compute_in_float32(two_gpus):
 def test_a_cpu_does_not_ask_for_a_gpu(two_gpus):
     place = find_place('cpu')
     assert (place.device.type, place.dtype, place.compile) == ('cpu', torch.float32, False)
+
+
+@pytest.mark.parametrize('asked', [None, True])
+def test_without_a_compiler_training_is_eager(monkeypatch, capsys, asked):
+    def no_compiler(function):
+        raise RuntimeError('\nFailed to find C compiler.\nPlease specify via CC')
+    monkeypatch.setattr(torch, 'compile', no_compiler)
+    place = Place(torch.device('cpu'), torch.float32, compile=True)
+    if asked:
+        with pytest.raises(UserError, match=r'does not work here \(Failed to find C compiler.\); leave --compile away'):
+            train.can_compile(place, asked)
+    else:
+        assert not train.can_compile(place, asked)
+        assert 'Failed to find C compiler' in capsys.readouterr().out

@@ -1,4 +1,10 @@
-"""What test_train.py runs in one or more processes:  [torchrun ...] worker.py grads|nan OUT [options of train.py]"""
+"""What test_train.py runs in one process, and in two by  torchrun ... worker.py FOLDER
+
+FOLDER/jobs.json is a table: name -> [function below, options of train.py]. Each process saves what it gets as
+FOLDER/NAME.RANK. One start for all jobs, as starting takes longer than any of them.
+"""
+import json
+import os
 import sys
 
 import torch
@@ -9,10 +15,10 @@ from model import PRESETS, Config, find_place, parse_options
 import train
 
 
-def make(options, place=None):
+def make(options, place):
     """A trainer whose weights are far from their initial zeros, and its share of the first batch."""
     config = parse_options(Config, options, '', PRESETS)
-    place = place or find_place('cpu', '', config.compile)
+    place.compile = bool(config.compile)
     trainer = train.Trainer(config, 10, place)
     g = torch.Generator().manual_seed(0)
     for p in trainer.model.parameters():
@@ -22,22 +28,19 @@ def make(options, place=None):
     return trainer, image, y
 
 
-def grads(out, options):
-    """Gradients of one step, before clipping, to a file."""
-    trainer, image, y = make(options)
-    sys.setswitchinterval(20)                                      # gloo's threads wait long for Python: see leave_processes
+def gradients(options, place=None):
+    """-> those of one step by name, before clipping"""
+    trainer, image, y = make(options, place or find_place('cpu'))
     trainer.update = lambda terms, adversarial, lr: None
     trainer.train_step(image, y, lr=1e-3)
-    if trainer.place.rank == 0:
-        torch.save({f'{part}.{name}': p.grad for part in ('model', 'disc')
-                    for name, p in getattr(trainer, part).named_parameters()}, out)
+    parts = {'model': trainer.model, 'disc': getattr(trainer, 'disc', torch.nn.Module())}
+    return {f'{part}.{name}': p.grad for part in parts for name, p in parts[part].named_parameters()}
 
 
-def nan(out, options):
-    """Four steps: one run whose noise is infinite at step 2 in the last process only, and one that has no step 2.
-    Each process saves what it has of both."""
-    trainer, image, y = make(options)
-    place, draw, states = trainer.place, train.draw, []
+def skip(options, place):
+    """Four steps of two runs: in one, the noise is infinite at step 2 in the last process only; the other has no step 2.
+    -> what the trainer has after each"""
+    draw, states = train.draw, []
 
     def bad_draw(config, classes, step, labels, place):
         noise, labels = draw(config, classes, step, labels, place)
@@ -53,8 +56,14 @@ def nan(out, options):
             else:
                 trainer.train_step(image, y, lr=1e-3)
         states.append(trainer.state())
-    torch.save(states, f'{out}.{place.rank}')
+    train.draw = draw
+    return states
 
 
 if __name__ == '__main__':
-    {'grads': grads, 'nan': nan}[sys.argv[1]](sys.argv[2], sys.argv[3:])
+    folder, here = sys.argv[1], find_place('cpu')
+    sys.setswitchinterval(20)                                      # gloo's threads wait long for Python: see leave_processes
+    with open(os.path.join(folder, 'jobs.json')) as f:
+        jobs = json.load(f)
+    for job, (function, arguments) in jobs.items():
+        torch.save({'gradients': gradients, 'skip': skip}[function](arguments, here), f'{folder}/{job}.{here.rank}')
