@@ -33,21 +33,26 @@ def save(path, state):
 
 @pytest.mark.parametrize('side', golden.GRIDS)
 def test_features_equal_timms(side, weights, expected):
-    """Errors are measured in standard deviations of the features."""
+    """Errors are measured in standard deviations of the features. A product of float32 matrices (eps = 6e-8) over n terms
+    is off by about eps sqrt(n), in units of its result: 3.3e-6 for the longest, n = 3072. Of those 12 follow each other,
+    which makes 1.1e-5; the largest of thousands of normal errors is 4 times that, in whatever order a CPU adds."""
     net = DINOv2(golden.WIDTH, golden.DEPTH, golden.WIDTH // 64, side).load(weights)
     with torch.no_grad():
         features = net(golden.pixels(side) / 127.5 - 1)
     mean, std = expected[f'moments{side}']
     assert features.shape == (2, side * side, golden.WIDTH) and features.dtype == torch.float32
-    assert np.abs(golden.pick(features).numpy() - expected[f'features{side}']).max() < 2e-5 * std
-    assert abs(features.mean() - mean) < 2e-5 * std and abs(features.std() - std) < 2e-5 * std
+    assert np.abs(golden.pick(features).numpy() - expected[f'features{side}']).max() < 5e-5 * std
+    assert abs(features.mean() - mean) < 5e-5 * std and abs(features.std() - std) < 5e-5 * std
 
 
 @pytest.mark.parametrize('side', golden.SIDES)
 def test_position_tables_equal_timms(side, expected):
-    table = resample_positions(golden.table(), side)[0]
+    """Weights come from positions of up to 37, thus off by up to 37 eps; two sums of at most 20 products, and the weights'
+    normalisation, add as much again: 100 eps of the largest value."""
+    table, rounding = resample_positions(golden.table(), side)[0], 100 * 6e-8 * golden.table().abs().max().item()
     assert table.shape == (1 + side * side, 2)
-    np.testing.assert_allclose(torch.cat([table[::7], table[-1:]]), expected[f'table{side}'], rtol=0, atol=1e-8)
+    np.testing.assert_allclose(torch.cat([table[::7], table[-1:]]), expected[f'table{side}'], rtol=0,
+                               atol=rounding)
 
 
 def test_names_and_shapes_are_the_releases(expected):
@@ -91,7 +96,7 @@ def test_random_teacher_is_the_same_everywhere():
     torch.manual_seed(1)
     net, again = read_teacher('random', 8), read_teacher('random', 8)
     assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), again.state_dict().values()))
-    sums = [net.blocks[1].mlp.fc2.weight.sum().item(), net.pos_embed.sum().item()]
+    sums = [net.blocks[1].mlp.fc2.weight.double().sum().item(), net.pos_embed.double().sum().item()]
     assert sums == pytest.approx([22.0985, 1.1641], abs=1e-3)
     assert torch.equal(net.patch_embed.proj.weight, read_teacher('random', 16).patch_embed.proj.weight)
 

@@ -147,12 +147,13 @@ def test_adaptive_weight_balances_the_pulls_and_is_capped():
 
 
 def test_lpips_equals_the_lpips_package():
-    """Random weights; golden_evaluate.py tells how the expected values were made."""
+    """Random weights; golden_evaluate.py tells how the expected values were made. Float32 sums of up to 4608 terms are
+    off by about 6e-8 sqrt(4608) = 4e-6; 13 layers in a row make 1.5e-5, and squares double that."""
     golden = pytest.importorskip('golden_evaluate')
     net = LPIPS().load(golden.random_vgg(0), golden.random_heads(0))
     a, b = [torch.from_numpy(golden.images(seed, 3, 48)).permute(0, 3, 1, 2) / 127.5 - 1 for seed in (4, 5)]
     expected = np.load(os.path.join(ROOT, 'tests', 'golden', 'lpips.npz'))['distance']
-    torch.testing.assert_close(net(a, b), torch.from_numpy(expected), rtol=1e-5, atol=0)
+    torch.testing.assert_close(net(a, b), torch.from_numpy(expected), rtol=5e-5, atol=0)
     torch.testing.assert_close(net(a, a), torch.zeros(3))
     assert not any(p.requires_grad for p in net.parameters())
 
