@@ -319,7 +319,7 @@ NOISE = {
     'additive': Noise(lambda mu, sigma, eps: mu + sigma * eps),
     'linear': Noise(lambda mu, sigma, eps: (1 - sigma) * mu + sigma * eps),
     'slerp': Noise(lambda mu, sigma, eps: math.sqrt(1 - sigma ** 2) * mu + sigma * eps),
-    'uniform': Noise(lambda mu, sigma, eps: mu + sigma * (2 * torch.special.ndtr(eps) - 1),
+    'uniform': Noise(lambda mu, sigma, eps: mu + sigma * torch.erf(eps / math.sqrt(2)),
                      math.log(2) - 0.5 * math.log(2 * math.pi)),
 }
 
