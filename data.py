@@ -1,6 +1,7 @@
 """Images and labels: from a folder, a zip, two classic downloads, or drawn by this file.
 
     data = open_data('shapes')                    or 'cifar10', 'fashion_mnist', a folder, a zip
+    data.notes                                    sentences about what was left out, [] if nothing
     data.load(i)                                  PIL image, RGB, of its own size
     data.labels[i], data.class_names              int64; list of str, [] for data without classes
     crop(data.load(i), size)                      (size, size, 3) uint8
@@ -11,6 +12,7 @@ Decoding photographs may take longer than training on them. Crop and pack them o
     python data.py imagenet/train imagenet256.zip --size 256
 """
 import argparse
+import collections
 import colorsys
 import contextlib
 import functools
@@ -19,7 +21,6 @@ import hashlib
 import http.client
 import io
 import json
-from multiprocessing.pool import ThreadPool
 import os
 import pathlib
 import posixpath
@@ -34,16 +35,20 @@ import zipfile
 import zlib
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 CACHE = os.path.join(torch.hub.get_dir(), 'simflow')
-IMAGE_ENDINGS = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+# Pillow knows more, but those are films, documents and arrays.
+IMAGE_ENDINGS = set('.jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm '
+                    '.jp2 .avif .tga'.split())
+SPLITS = {'train', 'training', 'val', 'valid', 'validation', 'test', 'testing'}
 # Pillow refuses twice as many pixels as this. Its own limit guards servers against uploads; in a training set
 # a huge image is a scan or a satellite's, and only what would hardly fit in memory is taken for damage.
 Image.MAX_IMAGE_PIXELS = 2 ** 29
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 26     # colour profiles, notes
 
 
 # ----------------------------------------------------------------------------------- command lines, downloads
@@ -60,7 +65,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def cli(main):
-    """Run main(arguments) as a program: mistakes and Ctrl-C end in one sentence, not in a traceback."""
+    """Run main(arguments) as a program: mistakes, files that can't be read or written, and Ctrl-C end in one
+    sentence, not in a traceback."""
+    sys.stdout, sys.stderr = [stream or open(os.devnull, 'w') for stream in (sys.stdout, sys.stderr)]
+    for stream in (sys.stdout, sys.stderr):                        # names may have letters that the
+        if isinstance(stream, io.TextIOWrapper):                   # terminal lacks
+            stream.reconfigure(errors='backslashreplace')
     try:
         main(sys.argv[1:])
         sys.stdout.flush()
@@ -68,10 +78,13 @@ def cli(main):
     except UserError as e:
         sentence, code = f'error: {e}', 2
     except KeyboardInterrupt:
-        sentence, code = '\ninterrupted; the same command goes on from what is saved', 130
+        sentence, code = '\ninterrupted; the same command resumes from what is saved', 130
     except BrokenPipeError:                                        # the reader left, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as e:
+        what = f'{e.filename}: {e.strerror}' if e.filename else e.strerror or e
+        sentence, code = f'error: {what}; name one that can be read, or written, and has room', 2
     except RuntimeError as e:
         if 'DataLoader worker (pid' not in str(e):
             raise
@@ -85,30 +98,44 @@ def hexdigest(path, kind):
     return hashlib.new(kind, pathlib.Path(path).read_bytes()).hexdigest()
 
 
+@contextlib.contextmanager
+def whole(path):
+    """-> name of a temporary file to write, which then becomes `path`; a failure leaves neither."""
+    temporary = f'{path}.{uuid.uuid4().hex}.tmp'
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+
+
 def fetch(url, path, digest, hint='try again, or download it by hand to that place'):
     """Download `url` to `path`, unless it is there -> path. digest: 'md5:...' or 'sha256:...' or their start.
     UserError if it can't be had whole. Several processes may do this at once: each writes its own file, and
     the last rename wins."""
     kind, expected = digest.split(':')
-    temporary = f'{path}.{uuid.uuid4().hex}.tmp'
+    if path.startswith('~'):
+        raise UserError(f'there is no home directory to download {url} to; set HOME or TORCH_HOME')
     try:
         if os.path.isfile(path) and hexdigest(path, kind).startswith(expected):
             return path
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        with urllib.request.urlopen(url, timeout=60) as response, open(temporary, 'wb') as f:
-            total = int(response.headers.get('Content-Length', 0)) or None
-            with tqdm.wrapattr(response, 'read', total, desc=os.path.basename(path), disable=None) as body:
-                shutil.copyfileobj(body, f)
-        came = hexdigest(temporary, kind)
-        if not came.startswith(expected):
-            raise ValueError(f'its {kind} is {came[:16]}, not {expected[:16]}')
-        os.replace(temporary, path)
+        with whole(path) as temporary:
+            download_to(temporary, url, os.path.basename(path))
+            came = hexdigest(temporary, kind)
+            if not came.startswith(expected):
+                raise ValueError(f'its {kind} is {came[:16]}, not {expected[:16]}')
         return path
     except (OSError, ValueError, http.client.HTTPException) as e:
         raise UserError(f'{url} could not be downloaded to {path} ({e}); {hint}')
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
+
+
+def download_to(path, url, name):
+    with urllib.request.urlopen(url, timeout=60) as response, open(path, 'wb') as f:
+        total = int(response.headers.get('Content-Length', 0)) or None
+        with tqdm.wrapattr(response, 'read', total, desc=name, disable=None) as body:
+            shutil.copyfileobj(body, f)
 
 
 # -------------------------------------------------------------------------------------------------- one image
@@ -118,9 +145,13 @@ class Unreadable(Exception):
 
 
 def rgb(image):
-    """PIL image of any mode -> RGB: 16 bits scaled to 8, what is transparent composited on white."""
-    if image.mode.startswith('I'):                                 # Pillow would clip at 255
-        image = Image.fromarray(np.uint8(np.asarray(image).clip(0, 65535) / 257 + 0.5))
+    """PIL image of any mode -> RGB; what is transparent is composited on white. Integers of more than
+    8 bits are taken to be of 16, floats to end at 1, 255 or 65535: the first that none exceeds."""
+    if image.mode.startswith(('I', 'F')):                          # Pillow would clip at 255
+        values = np.nan_to_num(np.asarray(image, float))
+        whole = values.max() > 255 or image.mode.startswith('I')
+        top = 65535 if whole else 255 if values.max() > 1 else 1
+        image = Image.fromarray(np.uint8(values.clip(0, top) * (255 / top) + 0.5))
     if image.has_transparency_data:
         image = image.convert('RGBA')
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
@@ -130,6 +161,9 @@ def rgb(image):
 def crop(image, size):
     """PIL image, RGB -> (size, size, 3) uint8: the middle square, scaled as in ADM (Dhariwal & Nichol 2021),
     as published FID statistics are. JPEG's own down-scaling would be faster, but gives other pixels."""
+    if max(image.size) / min(image.size) * size ** 2 > 2 ** 26:    # a thread: enlarged whole, it would
+        short = min(image.size)                                    # take gigabytes
+        image = ImageOps.fit(image, [min(side, 4 * short) for side in image.size], Image.Resampling.NEAREST)
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
@@ -145,12 +179,13 @@ class Data:
 
     class_names: list of str, [] for data without classes.  labels: (N,) int64, all 0 without classes.
     mirror: is a mirror image as right as the original?  load(i): PIL image, RGB; raises Unreadable.
+    notes: sentences for the user, about what was left out.
     """
     mirror = True                                                  # digits or text would say False
-    notes = ()
 
-    def __init__(self, class_names, labels):
+    def __init__(self, class_names, labels, notes=()):
         self.class_names, self.labels = list(class_names), np.asarray(labels, np.int64)
+        self.notes = list(notes)
 
     def __len__(self):
         return len(self.labels)
@@ -161,16 +196,28 @@ class Data:
 
 
 class Folder:
-    """All files below a folder. names: relative, sorted, with / between.  read(i, limit): the first bytes."""
+    """All files below a folder. names: relative, sorted, with / between.  read(i): the bytes of one."""
 
     def __init__(self, path):
-        self.path, start = path, len(os.path.join(path, ''))
-        self.names = sorted(os.path.join(folder, file)[start:].replace(os.sep, '/')
-                            for folder, _, files in os.walk(path, followlinks=True) for file in files)
+        self.path, self.names, above = os.path.normpath(path), [], {}
+        for folder, below, files in os.walk(self.path, onerror=refuse_folder, followlinks=True):
+            chain, real = above.get(os.path.dirname(folder), ()), os.path.realpath(folder)
+            if real in chain:                                      # a link that leads back
+                below.clear()
+                continue
+            above[folder] = (*chain, real)
+            home = os.path.relpath(folder, self.path).replace(os.sep, '/')
+            self.names += [posixpath.normpath(f'{home}/{file}') for file in files]
+        self.names.sort()
 
-    def read(self, i, limit=None):
+    def read(self, i):
         with open(os.path.join(self.path, self.names[i]), 'rb') as f:
-            return f.read(limit)
+            return f.read()
+
+
+def refuse_folder(error):
+    raise UserError(f'{error.filename} could not be listed ({error.strerror}); make it readable, or '
+                    'move it away')
 
 
 def skip_header(f, offset):
@@ -179,22 +226,33 @@ def skip_header(f, offset):
     f.seek(sum(struct.unpack('<HH', f.read(4))), os.SEEK_CUR)
 
 
+METHODS = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
+
+
 class Zip:
     """The same of a zip. It notes where each file lies and opens the zip anew for each read, which costs
     microseconds; a ZipFile can't be pickled, nor shared by processes, and ImageNet's takes a gigabyte."""
 
     def __init__(self, path):
-        self.path = path
+        self.path, files = path, {}
         with zipfile.ZipFile(path) as z:
-            infos = sorted((f for f in z.infolist() if not f.is_dir()), key=lambda f: f.filename)
-        self.names = [f.filename for f in infos]
+            for info in z.infolist():                              # Windows has \ between, others ./ first
+                name = posixpath.normpath(info.filename.replace('\\', '/')).lstrip('/')
+                if not info.filename.endswith(('/', '\\')):
+                    files[name] = info
+        for name, info in files.items():
+            if info.flag_bits & 1 or info.compress_type not in METHODS:
+                raise UserError(f'{name} in {path} is encrypted, or compressed by another method than '
+                                'deflate; unpack the zip, and name the folder')
+        self.names = sorted(files)
+        infos = [files[name] for name in self.names]
         self.places = np.array([(f.header_offset, f.compress_size, f.compress_type) for f in infos])
 
-    def read(self, i, limit=None):
+    def read(self, i):
         offset, size, method = self.places[i].tolist()
         with open(self.path, 'rb') as f:
             skip_header(f, offset)
-            raw = f.read(size if limit is None else min(size, limit))
+            raw = f.read(size)
         return zlib.decompressobj(-15).decompress(raw) if method == zipfile.ZIP_DEFLATED else raw
 
 
@@ -212,8 +270,12 @@ class Files(Data):
         root = posixpath.join(posixpath.commonpath(ends), '')     # of all, as names are sorted
         names = [source.names[i][len(root):] for i in index]
         tables = [i for i in keep if source.names[i] == root + 'dataset.json']
-        super().__init__(*(table_classes(names, source.path, source.read(tables[0])) if tables else
-                           folder_classes(names, source.path)))
+        kinds = (table_kinds(names, source.path, source.read(tables[0])) if tables else
+                 folder_kinds(names, source.path))
+        class_names = sorted(set(kinds), key=number_or_name)
+        number = {name: i for i, name in enumerate(class_names)}
+        super().__init__([] if class_names == [''] else class_names, [number[kind] for kind in kinds],
+                         notes_on(set(source.names) - {source.names[i] for i in keep}, root, kinds))
         self.source, self.index = source, np.array(index)
 
     def name(self, i):
@@ -227,47 +289,62 @@ class Files(Data):
         except Exception as e:                                     # damage makes Pillow raise nearly anything
             raise Unreadable(f'{self.name(i)}: {e}')
 
-    def has_header(self, i):
-        """Does Pillow know this file? Decodes nothing, and reads it all only if its start is not enough."""
-        for limit in (1 << 16, None):
-            with contextlib.suppress(Exception):
-                Image.open(io.BytesIO(self.source.read(self.index[i], limit)))
-                return True
-        return False
+
+def is_hidden(name):
+    """By its name: hidden files, what Macs add to zips, and the thumbnails of some servers"""
+    return '/.' in '/' + name or name.startswith('__MACOSX/') or '/@eaDir/' in '/' + name
 
 
 def is_image(name):
-    """By its name. Hidden files are not, nor what Macs add to zips."""
-    hidden = '/.' in '/' + name or name.startswith('__MACOSX/')
-    return not hidden and posixpath.splitext(name)[1].lower() in IMAGE_ENDINGS
+    return posixpath.splitext(name)[1].lower() in IMAGE_ENDINGS and not is_hidden(name)
 
 
-def folder_classes(names, path):
-    """-> class names, the class number of each name"""
-    folders = [name.split('/')[0] if '/' in name else '' for name in names]
-    class_names, labels = np.unique(folders, return_inverse=True)
-    if class_names.tolist() == ['']:
-        return [], labels
-    if class_names[0] == '':
-        raise UserError(f'{path} has images beside its class folders, such as {names[folders.index("")]}; '
+def number_or_name(name):
+    """Sort key for classes: numbers as numbers, 2 before 10, then names"""
+    return (0, int(name), name) if name.isdecimal() else (1, 0, name)
+
+
+def notes_on(others, root, kinds):
+    """Names of files that are no images, the folder around everything, the class of each image ->
+    sentences about what was left out"""
+    others = [name[len(root):] for name in others if name.startswith(root) and not is_hidden(name)]
+    endings = collections.Counter(posixpath.splitext(name)[1] or 'without an ending' for name in sorted(others))
+    empty = {name.split('/')[0] for name in others if '/' in name} - set(kinds) - {''}
+    notes = []
+    if others:
+        counts = ', '.join(f'{n} {ending}' for ending, n in endings.most_common(9))
+        notes.append(f'files ignored, as their names are not those of images: {counts}')
+    if empty and set(kinds) != {''}:
+        notes.append(f'folders ignored, as they hold no images: {", ".join(sorted(empty)[:10])}')
+    return notes
+
+
+def folder_kinds(names, path):
+    """-> the class of each name: its first folder, or '' where no name has one"""
+    kinds = [name.split('/')[0] if '/' in name else '' for name in names]
+    classes = set(kinds)
+    if '' in classes and len(classes) > 1:
+        raise UserError(f'{path} has images beside its class folders, such as {names[kinds.index("")]}; '
                         'move them into a class folder, or all images into one for data without classes')
-    return class_names.tolist(), labels
+    if len(classes) > 1 and {name.lower() for name in classes} <= SPLITS:
+        raise UserError(f'{path} holds {", ".join(sorted(classes))}: splits, not classes; name the one '
+                        f'to use, such as {os.path.join(path, max(classes & {"train"} or classes))}')
+    return kinds
 
 
-def table_classes(names, path, text):
-    """-> class names, the class number of each name"""
+def table_kinds(names, path, text):
+    """-> the class of each name: its number in dataset.json, or '' where that has none"""
     try:
         pairs = json.loads(text)['labels']
         if pairs is None:
-            return [], [0] * len(names)
+            return [''] * len(names)
         number = {name: int(label) for name, label in pairs}
-        labels = [number[name] for name in names]
-        if min(labels) < 0:
+        if min(number.values()) < 0:
             raise ValueError
+        return [str(number[name]) for name in names]
     except (ValueError, KeyError, TypeError):
         raise UserError(f'dataset.json in {path} must say {{"labels": [["name", class number], ...]}} for '
                         'all images there, or {"labels": null} for data without classes')
-    return [str(i) for i in range(max(labels) + 1)], labels
 
 
 # ------------------------------------------------------------------------------------ CIFAR-10, Fashion-MNIST
@@ -391,7 +468,7 @@ class Shapes(Data):
         return image
 
 
-# ------------------------------------------------------------------------------------------ opening, checking
+# --------------------------------------------------------------------------------------------------- opening
 
 BUILT_IN = {'shapes': Shapes, 'cifar10': cifar10, 'fashion_mnist': fashion_mnist}
 
@@ -399,7 +476,10 @@ BUILT_IN = {'shapes': Shapes, 'cifar10': cifar10, 'fashion_mnist': fashion_mnist
 def open_data(name):
     """-> Data. name: one of BUILT_IN, or a folder or a zip of images. UserError for what is neither."""
     if name in BUILT_IN:
-        return BUILT_IN[name]()
+        data = BUILT_IN[name]()
+        if os.path.exists(name):
+            data.notes.append(f'{name} is the data set of this name; the {name} that lies here is ./{name}')
+        return data
     if not os.path.exists(name):
         raise UserError(f'there is no {name}; give a folder or a zip of images, or {" or ".join(BUILT_IN)}')
     try:
@@ -417,18 +497,6 @@ def refuse_damage(names, count, seen):
                         'repair or remove them')
 
 
-def check(data):
-    """Look at the header of every file -> names of the unreadable; UserError if they are more than 1%."""
-    if not isinstance(data, Files):
-        return []
-    with ThreadPool(16) as pool:                                   # a slow disk answers many at once
-        good = pool.imap(data.has_header, range(len(data)), chunksize=64)
-        bar = tqdm(good, 'checking', len(data), unit=' images', leave=False, delay=1, disable=None)
-        names = [data.name(i) for i, fine in enumerate(bar) if not fine]
-    refuse_damage(names, len(names), len(data))
-    return names
-
-
 # ---------------------------------------------------------------------------------------------------- batches
 
 @functools.lru_cache(maxsize=2)                                    # a step may lie in two epochs
@@ -437,7 +505,7 @@ def permutation(seed, epoch, n):
 
 
 class Steps(Dataset):
-    """Step by step, this rank's share of the global batch: images (b, 3, H, W) uint8, labels (b,) int64, and
+    """Step by step, this rank's share of the global batch: images (b, H, W, 3) uint8, labels (b,) int64, and
     the names of unreadable images that were replaced. Depends on nothing but the arguments."""
 
     def __init__(self, data, image_size, batch_size, seed, flip, rank, world):
@@ -452,8 +520,7 @@ class Steps(Dataset):
             i, image = self.find(step, slot, broken)
             pixels.append(image[:, ::-1] if mirror[slot] else image)
             labels.append(self.data.labels[i])
-        images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)    # channels last in memory
-        return images, torch.tensor(np.array(labels)), broken
+        return np.stack(pixels), np.array(labels), broken
 
     def find(self, step, slot, broken):
         """-> index, pixels (H, W, 3). Unreadable images are noted in `broken` and replaced by random ones."""
@@ -476,10 +543,28 @@ def leave_group(worker):
         os.setsid()
 
 
-def load(dataset, order, workers, pin=False):
-    """Iterate over dataset[i] for i in `order`, made by so many processes a little ahead (0: by this one)."""
-    return DataLoader(dataset, batch_size=None, sampler=order, num_workers=workers, pin_memory=pin,
-                      worker_init_fn=leave_group)
+def as_it_is(item):
+    return item
+
+
+def load(dataset, order, workers):
+    """Iterate over dataset[i] for i in `order`, made by so many processes a little ahead (0: by this one).
+
+    What they make must be no tensors: torch passes those through shared memory, of which Docker
+    gives 64 MB, and waits for ever when that is full. All else goes through a pipe. Processes are
+    forked where that is usual, as those of forkserver (Python 3.14) outlive a killed parent.
+    """
+    fork = 'fork' if workers and sys.platform == 'linux' else None
+    loader = DataLoader(dataset, batch_size=None, sampler=order, num_workers=workers, collate_fn=as_it_is,
+                        worker_init_fn=leave_group, multiprocessing_context=fork)
+    if not hasattr(signal, 'pthread_sigmask'):                     # Windows
+        return iter(loader)
+    # A Ctrl-C that comes now waits until all have started: it is for this process, not for them.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def batches(data, image_size, batch_size, seed, flip, start, steps, rank=0, world=1, workers=0, pin=False):
@@ -489,12 +574,14 @@ def batches(data, image_size, batch_size, seed, flip, start, steps, rank=0, worl
     dataset = Steps(data, image_size, batch_size, seed, flip, rank, world)
     names, count, seen = [], 0, 0
     try:
-        for images, labels, broken in load(dataset, range(start, steps), workers, pin):
+        for images, labels, broken in load(dataset, range(start, steps), workers):
             names, count = (names + broken)[:3], count + len(broken)
             seen += len(labels) + len(broken)
             if count > 5:                                          # a few in the first batches prove nothing
                 refuse_damage(names, count, seen)
-            yield images, labels, len(broken)
+            images = torch.from_numpy(images)
+            images = images.pin_memory() if pin else images        # copied to a GPU in the background
+            yield images.permute(0, 3, 1, 2), torch.from_numpy(labels), len(broken)
     except Unreadable:
         raise UserError('a hundred images on end are unreadable; is the disk with them still there?')
 
@@ -517,52 +604,24 @@ class Pngs(Dataset):
         return i, png.getvalue()
 
 
-def recover(path):
-    """An unfinished zip of ours -> ZipInfo of each complete entry. What follows the last of them is cut off.
-    The zip's directory is not written yet, but its entries stand in a row: header, name, extras, data."""
-    infos, end = [], 0
-    with open(path, 'a+b') as f:
-        f.seek(0)
-        while len(header := f.read(30)) == 30 and header.startswith(b'PK\3\4'):
-            crc, size, _, name_length, extra_length = struct.unpack('<14x3L2H', header)
-            info = zipfile.ZipInfo(f.read(name_length).decode())
-            info.header_offset, info.CRC, info.compress_size, info.file_size = end, crc, size, size
-            info.external_attr = 0o600 << 16                       # as writestr does: readable once unpacked
-            f.seek(extra_length, os.SEEK_CUR)
-            if size == 0 or zlib.crc32(f.read(size)) != crc:       # its header is completed after its data
-                break
-            infos.append(info)
-            end = f.tell()
-        f.truncate(end)
-    return infos
-
-
 def pack(data, path, size, workers):
     """Write `data`, cropped, to a zip of PNGs called class/number.png -> names of the unreadable, left out.
-    If interrupted, it leaves a file *.partial, from which the next call goes on."""
-    def entry(i):
-        return posixpath.join(*data.class_names[data.labels[i]:][:1], f'{i:08d}.png')
-
-    partial, broken = f'{path}.{size}.partial', []
-    done = recover(partial)
-    names = {info.filename for info in done}
-    todo = [i for i in range(len(data)) if entry(i) not in names]
-    with zipfile.ZipFile(partial, 'a') as z:
-        z.infolist().extend(done)                                  # the directory is written from this list
-        for i, png in tqdm(load(Pngs(data, size), todo, workers), 'packing', len(data), initial=len(done),
-                           unit=' images', disable=None):
+    What can't be finished leaves nothing behind."""
+    broken, pngs = [], load(Pngs(data, size), range(len(data)), workers)
+    with whole(path) as temporary, zipfile.ZipFile(temporary, 'w') as z:
+        for i, png in tqdm(pngs, 'packing', len(data), unit=' images', disable=None):
             if png is None:
                 broken.append(data.name(i))
-            else:
-                z.writestr(zipfile.ZipInfo(entry(i)), png)
-    os.replace(partial, path)
+                continue
+            folder = data.class_names[data.labels[i]] + '/' if data.class_names else ''
+            z.writestr(zipfile.ZipInfo(f'{folder}{i:08d}.png'), png)
     return broken
 
 
 def main(argv):
     parser = Parser(description='Crop and resize a data set once, for all runs, and pack it to a zip.')
     parser.add_argument('src', help=f'folder or zip of images, or {", ".join(BUILT_IN)}')
-    parser.add_argument('dst', help='zip to write; after an interruption, the same command goes on')
+    parser.add_argument('dst', help='zip to write')
     parser.add_argument('--size', type=int, default=256, help='pixels a side (default: %(default)s)')
     parser.add_argument('--workers', type=int, default=os.cpu_count(),
                         help='processes (default: %(default)s)')
@@ -572,10 +631,8 @@ def main(argv):
     if os.path.exists(args.dst):
         raise UserError(f'{args.dst} exists already; remove it, or give another name')
     data = open_data(args.src)
-    try:
-        broken = pack(data, args.dst, args.size, args.workers)
-    except OSError as e:
-        raise UserError(f'{args.dst} could not be written ({e.strerror}); is its folder there, and space?')
+    print(*data.notes, sep='\n', end='\n' * bool(data.notes))
+    broken = pack(data, args.dst, args.size, args.workers)
     print(f'{args.dst}: {len(data) - len(broken)} images in {len(data.class_names)} classes')
     if broken:
         print('unreadable and left out:', *broken, sep='\n  ')
