@@ -547,16 +547,17 @@ def as_it_is(item):
     return item
 
 
-def load(dataset, order, workers):
+def load(dataset, order, workers, pin=False):
     """Iterate over dataset[i] for i in `order`, made by so many processes a little ahead (0: by this one).
 
     What they make must be no tensors: torch passes those through shared memory, of which Docker
     gives 64 MB, and waits for ever when that is full. All else goes through a pipe. Processes are
-    forked where that is usual, as those of forkserver (Python 3.14) outlive a killed parent.
+    forked where that is usual, as those of forkserver (Python 3.14) outlive a killed parent. With
+    `pin` a thread empties the pipe, so that who feeds a GPU need not wait for that.
     """
     fork = 'fork' if workers and sys.platform == 'linux' else None
-    loader = DataLoader(dataset, batch_size=None, sampler=order, num_workers=workers, collate_fn=as_it_is,
-                        worker_init_fn=leave_group, multiprocessing_context=fork)
+    loader = DataLoader(dataset, batch_size=None, sampler=order, num_workers=workers, pin_memory=pin,
+                        collate_fn=as_it_is, worker_init_fn=leave_group, multiprocessing_context=fork)
     if not hasattr(signal, 'pthread_sigmask'):                     # Windows
         return iter(loader)
     # A Ctrl-C that comes now waits until all have started: it is for this process, not for them.
@@ -574,7 +575,7 @@ def batches(data, image_size, batch_size, seed, flip, start, steps, rank=0, worl
     dataset = Steps(data, image_size, batch_size, seed, flip, rank, world)
     names, count, seen = [], 0, 0
     try:
-        for images, labels, broken in load(dataset, range(start, steps), workers):
+        for images, labels, broken in load(dataset, range(start, steps), workers, pin):
             names, count = (names + broken)[:3], count + len(broken)
             seen += len(labels) + len(broken)
             if count > 5:                                          # a few in the first batches prove nothing

@@ -96,25 +96,26 @@ def test_images_are_a_cpus(runs, tell):
 
 def losses(dtype, compiled, steps=50):
     """-> the loss of each step of nano, in memory"""
-    config = parse_options(Config, ['--device', DEVICE, '--warmup', '0'], '', PRESETS)
+    config = parse_options(Config, ['--device', DEVICE], '', PRESETS)
     place = find_place(config.device, dtype, compiled)
     trainer, rows = train.Trainer(config, 10, place), []
     for image, y, replaced in batches(open_data('shapes'), 32, 32, 0, True, 0, steps):
-        trainer.train_step(image, y, config.lr, replaced)
+        trainer.train_step(image, y, train.learning_rate(config, trainer.step, config.steps), replaced)
         rows.append(trainer.row()['loss'])
     return np.array(rows)
 
 
 def test_losses_compiled_and_not(tell):
-    """Rounding differs, and training amplifies it: of float32's 6e-8 no more than 1e-2 of the loss may come in 50 steps;
-    of bfloat16's 4e-3, 1e-1. Means over the steps are to agree ten times as well as single steps."""
+    """Rounding differs, and training amplifies it. On a CPU float32's 6e-8 became 3e-4 of a loss in 50 steps, and bfloat16's
+    4e-3 became 9e-2, while the means over all steps agreed to 1e-5 and 1e-2. Allowed are a few times that, as no two cards
+    round alike: 1e-2 and 0.3, and a fifth of it for the mean."""
     reference = losses('float32', False)
     assert reference[-5:].mean() < 0.9 * reference[:5].mean()      # it learns
-    for dtype, compiled, most in ('float32', True, 1e-2), ('bfloat16', False, 1e-1), ('bfloat16', True, 1e-1):
+    for dtype, compiled, most in ('float32', True, 1e-2), ('bfloat16', False, 0.3), ('bfloat16', True, 0.3):
         error = losses(dtype, compiled) / reference - 1
         tell(f'{dtype}, {"compiled" if compiled else "eager"}, 50 losses against float32, eager: '
              f'at most {abs(error).max():.1e} off, mean {error.mean():.1e}')
-        assert abs(error).max() < most and abs(error.mean()) < most / 3
+        assert abs(error).max() < most and abs(error.mean()) < most / 5
 
 
 def test_memory_is_the_predicted_one(tell):
