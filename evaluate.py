@@ -5,7 +5,7 @@
     python evaluate.py --ckpt out/ckpt.pt --reconstruct imagenet_val/   rFID, PSNR, SSIM, LPIPS, rate, ELBO
     python evaluate.py --ckpt out/ckpt.pt --latents 1                   SimFlow's Figures 3 and 4
     python evaluate.py --ckpt out/ckpt.pt --classify imagenet_val/      accuracy of the flow as a classifier
-    torchrun --nproc_per_node=8 -- evaluate.py ...                      the same numbers, faster
+    torchrun --nproc_per_node=8 evaluate.py ...                         the same numbers, faster
 
 Prints a table, and the same as JSON in the last line. Inception's weights are those of pytorch-fid's release
 (91 MB, downloaded once); --features random does without, to try things out, but its numbers are not FID.
@@ -13,7 +13,6 @@ Prints a table, and the same as JSON in the last line. Inception's weights are t
 from collections import OrderedDict
 import contextlib
 from dataclasses import dataclass
-import hashlib
 import itertools
 import json
 import math
@@ -31,10 +30,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import (CACHE, Arrays, Folder, Unreadable, UserError, cli, crop, fetch, hexdigest, open_data,
-                  skip_header)
-from model import (RECON, check_sampling, find_place, generator, grid, load_lpips, load_model, option,
-                   parse_options, sample_images, to_uint8)
+from data import (Arrays, Unreadable, UserError, cli, crop, fetch, hexdigest, open_data, refuse_damage,
+                  skip_header, whole)
+from model import (RECON, check_sampling, find_place, generator, grid, load_lpips, load_model,
+                   note_on_guidance, option, parse_options, refuse_negative, sample_images, to_uint8)
 
 WEIGHTS = ('https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/'
            'pt_inception-2015-12-05-6726825d.pth')
@@ -57,14 +56,17 @@ CONVENTIONS = {
 
 @dataclass
 class Options:
-    """The command line. A first word that is not an option is --samples."""
-    samples: str = option('', 'images to measure: a folder, a zip, an npz (arr_0), or statistics in an npz')
+    """The command line. A word that is not an option's is --samples."""
+    samples: str = option('', 'images to measure: a folder, a zip, an npz (arr_0), or statistics in an npz',
+                          bare=True)
     ref: str = option('', 'images to compare with: the same, or a data set by name')
+    save_ref: str = option('', 'npz to write the statistics of --ref to, for later runs to name as --ref')
     ckpt: str = option('', 'checkpoint of train.py to sample from, to reconstruct with, or to look into')
     reconstruct: str = option('', 'images to encode and decode')
     latents: bool = option(False, 'measure the latent space, of --reconstruct or else of the training data')
     classify: str = option('', 'images of the same classes to tell apart by their likelihood')
-    n: int = option(50_000, 'images to sample; of given images, how many to use at most')
+    num_samples: int = option(50_000, 'images to sample; of given images, how many to use at most',
+                              also=['--n'])
     ref_n: int = option(0, 'reference images to use at most; 0: all')
     cfg: list[float] = option((0.0,), 'guidance weights to sample with, one or more; 0 is off')
     gamma: list[float] = option((0.0,), 'sizes of the score step, one or more; 0 is off')
@@ -82,6 +84,7 @@ class Options:
 
     def check(self):
         """Raise UserError for what can't be done."""
+        refuse_negative(self)
         guided = bool(any(self.cfg) or any(self.gamma) or self.guidance)
         tasks = [bool(self.reconstruct or self.latents), bool(self.classify), guided]
         for fine, sentence in (
@@ -94,7 +97,10 @@ class Options:
                  '--ref is missing, the images to compare with: a folder, a zip, an npz or a data set'),
                 (self.features in ('inception', 'random'),
                  f'--features {self.features} must be inception or random'),
-                (self.n >= SPLITS, f'--n {self.n} is too few: the numbers need {SPLITS} images or more'),
+                (self.num_samples >= SPLITS,
+                 f'--num_samples {self.num_samples} is too few: the numbers need {SPLITS} images or more'),
+                (not self.save_ref or self.ref and self.save_ref.endswith('.npz'),
+                 f'--save_ref {self.save_ref} must end in .npz, and needs a --ref'),
                 (self.ref_n == 0 or self.ref_n >= SPLITS,
                  f'--ref_n {self.ref_n} must be 0, or {SPLITS} or more'),
                 (self.batch_size > 0, f'--batch_size must be positive, not {self.batch_size}'),
@@ -335,7 +341,7 @@ def covered(points, centres):
     rows, k = max(1, 2 ** 25 // len(centres)), 1 + NEIGHBOURS      # rows of distances at once; 1: itself
     radii = torch.cat([torch.cdist(part, centres).kthvalue(k).values for part in centres.split(rows)])
     inside = torch.cat([(torch.cdist(part, centres) <= radii).any(1) for part in points.split(rows)])
-    return inside.double().mean().item()
+    return inside.sum().item() / len(inside)
 
 
 def compare(sample, ref, device):
@@ -384,12 +390,14 @@ def reading(path):
 
 def open_npz(path):
     """-> Data of arr_0 (N, H, W, 3) uint8, as ADM has it"""
+    headers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     with reading(path), zipfile.ZipFile(path) as z, open(path, 'rb') as f:
         info = z.getinfo('arr_0.npy')
-        if info.compress_type == zipfile.ZIP_STORED:               # stays on disk: it may not fit in memory
-            skip_header(f, info.header_offset)
-            np.lib.format.read_magic(f)
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(f)
+        skip_header(f, info.header_offset)
+        stored = info.compress_type == zipfile.ZIP_STORED
+        version = np.lib.format.read_magic(f) if stored else None
+        if version in headers:                                     # stays on disk: it may not fit in memory
+            shape, fortran, dtype = headers[version](f)
             images = np.memmap(path, dtype, 'r', f.tell(), shape, 'F' if fortran else 'C')
         else:
             images = np.load(path)['arr_0']
@@ -404,14 +412,25 @@ def subset(n, limit):
     return np.sort(np.random.RandomState(2020).permutation(n)[:limit or n])
 
 
+def load_image(data, i):
+    """-> number and PIL image of i, or of the next one that can be read. UserError: a hundred can't."""
+    for j in range(i, i + 100):
+        with contextlib.suppress(Unreadable):
+            return j % len(data), data.load(j % len(data))
+    raise UserError(f'{data.name(i)} and the hundred images after it are unreadable; repair or remove them')
+
+
 def load_images(data, index, size, batch_size, place):
     """Yield this process's share of data[index]: positions in index (b,), images (b, H, W, 3) uint8, cropped
-    to `size` pixels a side. None: as they are; UserError if not all are square and of one size."""
+    to `size` pixels a side. None: as they are; UserError if not all are square and of one size.
+
+    As in training, unreadable images are replaced by others, also in index, unless they are over 1%.
+    """
     def read(k):
-        try:
-            image = data.load(index[k])
-        except Unreadable as e:
-            raise UserError(f'an image cannot be read: {e}')
+        wanted = index[k]
+        index[k], image = load_image(data, wanted)
+        if index[k] != wanted:
+            broken.append(data.name(wanted))
         if size:
             return crop(image, size)
         if image.size != (side, side):
@@ -419,15 +438,18 @@ def load_images(data, index, size, batch_size, place):
                             f'square and of one size; {data.name(index[0])} is {side} wide')
         return np.array(image)
 
-    side = data.load(index[0]).width
+    side, broken = load_image(data, index[0])[1].width, []
     mine = range(place.rank, len(index), place.world)
     chunks = [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
     with ThreadPool(min(8, os.cpu_count())) as pool:               # a batch ahead; Pillow frees the GIL
         pending = pool.map_async(read, chunks[0])
         for chunk, following in zip(chunks, [*chunks[1:], []]):
             images = pending.get()
+            refuse_damage(broken, len(broken), len(mine))
             pending = pool.map_async(read, following)
             yield np.array(chunk), np.stack(images)
+    if broken:
+        tqdm.write(f'unreadable, and replaced by the images after them: {", ".join(sorted(broken)[:10])}')
 
 
 def unit(pixels):
@@ -435,39 +457,38 @@ def unit(pixels):
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
 
 
-def content(path, data):
-    """A key that changes with the images: of files the sizes, and checksums (zip, npz) or times (folder); of
-    a data set by name, some of the pixels."""
-    if os.path.isdir(path):
-        stats = {name: os.stat(os.path.join(path, name)) for name in Folder(path).names}
-        facts = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()]
-    elif os.path.exists(path):
-        with zipfile.ZipFile(path) as z:
-            facts = sorted((info.filename, info.file_size, info.CRC) for info in z.infolist())
-    else:
-        facts = [(path, len(data), data.load(i).tobytes()) for i in subset(len(data), 256)]
-    return hashlib.sha256(repr(facts).encode()).hexdigest()
-
-
-def load_statistics(path, facts):
+def load_statistics(path, facts, width):
     """Statistics in a file; {} if there are none, or none that count here. arr_0: None if images are beside.
 
-    facts: what went into them; None: anything. UserError if it was another: a distance would mean nothing.
+    facts: what went into them; None: anything. width: of the pool features. UserError if it was another: a
+    distance would mean nothing.
     """
     if not path.endswith('.npz'):
         return {}
-    with reading(path), np.load(path) as z:
-        have = {name: None if name == 'arr_0' else z[name] for name in z.files}
+    with reading(path), zipfile.ZipFile(path):
+        with np.load(path) as z:
+            have = {name: None if name == 'arr_0' else z[name] for name in z.files}
     if not {'mu', 'sigma'} <= have.keys():
         return {}
+    shapes = have['mu'].shape, have['sigma'].shape
+    if shapes != ((width,), (width, width)):
+        raise UserError(f'{path} has mu {shapes[0]} and sigma {shapes[1]}, but there are {width} features')
     if 'facts' not in have:                                        # ADM's
         return have | {'n': None, 'size': None} if facts['inception'] == DIGEST else {}
-    theirs = json.loads(str(have['facts']))
+    theirs = json.loads(str(have.pop('facts')))
     differs = [f'{name} {theirs.get(name)}, not {value}' for name, value in facts.items()
                if value is not None and theirs.get(name) != value]
     if differs:
         raise UserError(f'{path} holds statistics of {" and ".join(differs)}; make them anew from the images')
     return have | theirs
+
+
+def save_statistics(path, statistics):
+    """As load_statistics reads them: arrays, and what went into them as a text."""
+    arrays = {name: value for name, value in statistics.items() if isinstance(value, np.ndarray)}
+    facts = {name: value for name, value in statistics.items() if isinstance(value, (str, int))}
+    with whole(path) as temporary, open(temporary, 'wb') as f:
+        np.savez(f, facts=json.dumps(facts), **arrays)
 
 
 # --------------------------------------------------------------------------------------------- the evaluation
@@ -482,23 +503,34 @@ class Evaluation:
             self.model, self.config, self.class_names = load_model(options.ckpt)
             check_sampling(self.config, any(options.gamma), options.guidance)
             dtype = dtype or self.config.dtype
-        self.place = find_place(options.device, dtype)
+        self.place, self.reference = find_place(options.device, dtype), None
+        if options.num_samples < self.place.world:
+            raise UserError(f'--num_samples must be at least {self.place.world}, one per process')
         if options.ckpt:
             self.model.to(self.place.device)
+            self.say(note_on_guidance(self.config, self.class_names, any(options.cfg), any(options.gamma),
+                                      options.guidance))
         if not options.latents and not options.classify:
             self.net, self.weights = load_inception(options.features, options.weights)
             self.net.to(self.place.device, memory_format=torch.channels_last)
             self.prefix = '' if self.weights == DIGEST else 'random '      # of names that are not FID's
+            grey = torch.zeros(1, 3, 32, 32, dtype=torch.uint8, device=self.place.device)
+            with torch.no_grad():
+                self.features = self.net(grey)[0].shape[1]         # 2048
+
+    def say(self, note):
+        if note:
+            self.place.print(note)
 
     @torch.no_grad()
     def rows(self):
         """-> rows of the table, name -> value"""
         o = self.o
         if o.samples:                                              # a bad --ref fails now, not in an hour
-            load_statistics(o.ref, {'inception': self.weights}) or self.open(o.ref, o.ref_n)
-            sample = self.statistics(o.samples, None, o.n)
-            ref = self.statistics(o.ref, sample['size'], o.ref_n)
-            return [{'samples': o.samples} | self.compare(sample, ref)]
+            load_statistics(o.ref, {'inception': self.weights}, self.features) or self.open(o.ref, o.ref_n)
+            sample = self.statistics(o.samples, None, o.num_samples)
+            self.reference = self.statistics(o.ref, sample['size'], o.ref_n)
+            return [{'samples': o.samples} | self.compare(sample)]
         if o.latents:
             return self.latent_rows()
         if o.classify:
@@ -529,43 +561,37 @@ class Evaluation:
 
     def statistics(self, path, size, limit):
         """Of the samples in `path` as they are (size None), or of a reference cropped to `size`: in the file,
-        or made of its images. A reference is made once, and cached under what its images are and what was
-        done to them, so that no other is taken for it. Where statistics come with images, as in ADM's files,
-        the images are for precision and recall alone."""
+        or made of its images. Where statistics come with images, as in ADM's files, the images are for
+        precision and recall alone."""
         want = {'size': size, 'resize': 'ADM centre crop, TF1 bilinear to 299', 'inception': self.weights}
-        given = load_statistics(path, want)
+        given = load_statistics(path, want, self.features)
+        if given and given['size'] is None:
+            self.say(f'{path} does not say of which images its statistics are: size, number and preparation '
+                     'are taken on trust')
         if given and 'arr_0' not in given:
             return given
         data, index = self.open(path, limit)
         if size is None and any(data.name(i).lower().endswith(('.jpg', '.jpeg')) for i in index):
-            self.place.print(f'warning: {path} holds JPEG files; their artefacts change FID: save PNG')
-        width = size or data.load(index[0]).width
-        facts = want | {'size': width, 'n': len(index), 'content': content(path, data)}
-        cached = f'{CACHE}/reference-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.npz'
-        if size and self.place.first(lambda: os.path.exists(cached)):
-            self.place.print(f'statistics of {path}: {cached}')
-            made = {} if self.place.rank else load_statistics(cached, facts)
-        else:
-            batches = load_images(data, index, size, self.o.batch_size, self.place)
-            made = self.measure(batches, len(index), subset(len(index), REFERENCES if size else 0), path)
-            if size and self.place.rank == 0:
-                os.makedirs(CACHE, exist_ok=True)
-                with open(f'{cached}.{os.getpid()}.tmp', 'wb') as f:       # another evaluation may be looking
-                    np.savez(f, facts=json.dumps(facts), **made)
-                os.replace(f.name, cached)
-        return made | facts | given
+            self.say(f'warning: {path} holds JPEG files; their artefacts change FID: save PNG')
+        first = load_image(data, index[0])[1]
+        if size and first.size != (size, size):
+            self.say(f'{path} has images of {first.width} x {first.height} pixels, compared at {size}')
+        batches = load_images(data, index, size, self.o.batch_size, self.place)
+        made = self.measure(batches, len(index), subset(len(index), REFERENCES if size else 0), path)
+        return made | want | {'size': size or first.width, 'n': len(index)} | given
 
-    def compare(self, sample, ref):
-        """Numbers of a row of the table"""
+    def compare(self, sample):
+        """Numbers of a row of the table: of the sample's statistics and the reference's"""
         if self.place.rank:                                        # which has no features of the others
             return {}
-        numbers = compare(sample, ref, self.place.device)
+        device = 'cpu' if self.place.device.type == 'mps' else self.place.device         # lacks kthvalue
+        numbers, ref = compare(sample, self.reference, device), self.reference
         return {'n': sample['n'], 'ref n': ref['n']} | {self.prefix + name: v for name, v in numbers.items()}
 
     def sample(self, cfg, gamma):
-        """Yield positions (b,), images (b, H, W, 3) uint8: this process's share of --n, classes in turn."""
+        """Yield positions (b,), images (b, H, W, 3) uint8: this process's share, classes in turn."""
         o, start = self.o, 0
-        labels = torch.arange(o.n) % max(1, len(self.class_names))
+        labels = torch.arange(o.num_samples) % max(1, len(self.class_names))
         for images in sample_images(self.model, labels, o.seed, self.place, o.batch_size, cfg, gamma,
                                     guidance=o.guidance):
             mine = np.arange(self.place.rank, len(images), self.place.world)
@@ -574,19 +600,28 @@ class Evaluation:
             start += len(images)
 
     def sample_rows(self):
-        """Sample with every pair of --gamma and --cfg, compare all with one reference. Draws a curve."""
-        ref = self.statistics(self.o.ref, self.config.image_size, self.o.ref_n)
-        n, rows, curves = self.o.n, [], {}
+        """Sample with every pair of --gamma and --cfg, compare all with one reference."""
+        self.reference = self.statistics(self.o.ref, self.config.image_size, self.o.ref_n)
+        n, rows = self.o.num_samples, []
         for gamma, cfg in itertools.product(self.o.gamma, self.o.cfg):
             start = time.time()
             sample = self.measure(self.sample(cfg, gamma), n, np.arange(n), f'cfg {cfg:g} gamma {gamma:g}')
             speed = n / (time.time() - start)
-            row = {'cfg': cfg, 'gamma': gamma} | self.compare(sample | {'n': n}, ref) | {'images/s': speed}
-            rows.append(row)
-            curves.setdefault(f'gamma {gamma:g}', []).append((cfg, row.get(self.prefix + 'FID')))
-        if len(rows) > 1 and self.place.rank == 0:
-            plot(self.path('fid_cfg.png'), curves, 'cfg', f'{self.prefix}FID-{n}')
+            rows.append({'cfg': cfg, 'gamma': gamma} | self.compare(sample | {'n': n}) | {'images/s': speed})
         return rows
+
+    def finish(self, rows):
+        """After the numbers are told: what a full disk may refuse. Pictures, and --save_ref."""
+        if self.o.latents:
+            self.draw_latents(*self.drawn)
+        elif self.reference and len(rows) > 1:
+            curves = {}
+            for row in rows:
+                curve = curves.setdefault(f'gamma {row["gamma"]:g}', [])
+                curve.append((row['cfg'], row[self.prefix + 'FID']))
+            plot(self.path('fid_cfg.png'), curves, 'cfg', f'{self.prefix}FID-{self.o.num_samples}')
+        if self.o.save_ref:
+            save_statistics(self.o.save_ref, self.reference)
 
     def encode(self, data, index):
         """Yield this process's share of data[index]: positions (b,), pixels (b, H, W, 3) uint8, image
@@ -594,6 +629,8 @@ class Evaluation:
         classes where the model knows them by the same names, else "no class"."""
         shape, null = self.model.flow.shape, self.model.flow.null_class
         known = self.class_names == data.class_names
+        if self.class_names and not known:
+            self.say('these images have no classes, or others than the checkpoint: none is told to the model')
         batches = load_images(data, index, self.config.image_size, self.o.batch_size, self.place)
         for k, pixels in self.progress(batches, len(index), 'encoding'):
             image = (2 * unit(pixels) - 1).to(self.place.device)
@@ -622,11 +659,12 @@ class Evaluation:
 
     def reconstruct_rows(self):
         """Encode and decode --reconstruct's images, with the noise of training and without."""
-        data, index = self.open(self.o.reconstruct, self.o.n)
-        ref = self.statistics(self.o.reconstruct, self.config.image_size, self.o.n)
+        data, index = self.open(self.o.reconstruct, self.o.num_samples)
+        ref = self.statistics(self.o.reconstruct, self.config.image_size, self.o.num_samples)
         lpips = None                                               # --features random: no weights at hand
         if self.o.features == 'inception':
-            lpips = load_lpips(self.o.lpips_vgg, self.o.lpips_heads).to(self.place.device)
+            lpips = load_lpips(self.o.lpips_vgg, self.o.lpips_heads, '--features random')
+            lpips.to(self.place.device)
         statistics = {x: Statistics(self.net, len(index), [], self.place) for x in ('mu + sigma eps', 'mu')}
         values, rows = {name: [] for name in statistics}, []
         exact = self.config.prior != 'sit'                         # which has no likelihood
@@ -638,7 +676,9 @@ class Evaluation:
                 recon = self.decode(latents)
                 statistics[name].add(k, to_uint8(recon))
                 a, b = unit(to_uint8(recon)), unit(pixels)
-                value = {'PSNR': psnr(a, b), 'SSIM': ssim(a, b)}
+                value = {'PSNR': psnr(a, b)}
+                if min(a.shape[2:]) > 5:                           # SSIM's window needs as many
+                    value['SSIM'] = ssim(a, b)
                 if lpips:
                     a, b = [(2 * t - 1).to(image.device) for t in (a, b)]
                     value['LPIPS'] = lpips(a, b).flatten()
@@ -660,7 +700,7 @@ class Evaluation:
     def classify_rows(self):
         """Tell the classes of --classify's images apart by p(x | class), in two ways. The gradient's scores
         have a part that is the same for all images; `centred` is without."""
-        data, index = self.open(self.o.classify, self.o.n)
+        data, index = self.open(self.o.classify, self.o.num_samples)
         if not data.class_names or data.class_names != self.class_names:
             raise UserError(f'--classify {self.o.classify} must have the classes that the checkpoint was '
                             'trained with, by the same names')
@@ -688,7 +728,7 @@ class Evaluation:
         """Statistics of mu, and process 0's pictures of the latent space. std of mu is over images, at each
         token and channel, then averaged: it falls when the encoder collapses. (Over all elements it is 1 by
         the LayerNorm.) Noise on mu is in units of an image's std."""
-        data, index = self.open(self.o.reconstruct or self.config.data, self.o.n)
+        data, index = self.open(self.o.reconstruct or self.config.data, self.o.num_samples)
 
         def batches():
             for _, pixels, _, _, _, mu, _, noise in self.encode(data, index):
@@ -700,8 +740,7 @@ class Evaluation:
         totals, n = self.means(batches(), len(index)), len(index)
         noisy, var = totals.pop('PSNR').tolist(), totals.pop('square') - totals.pop('mu') ** 2     # (T, D)
         std = (var.clamp(min=0) * n / (n - 1)).sqrt().mean(0)                                      # (D,)
-        if self.place.rank == 0:
-            self.draw_latents(data, std, noisy)
+        self.drawn = data, std, noisy
         return [{'n': n, 'std of mu': std.mean().item()} | {name: v.item() for name, v in totals.items()}
                 | {f'PSNR at {level}': value for level, value in zip(LEVELS, noisy)}]
 
@@ -713,7 +752,7 @@ class Evaluation:
         steps = zip(np.repeat(edges, 2), [0, *np.repeat(count, 2), 0])
         plot(self.path('latents_std.png'), {'': list(steps)}, 'std of mu', 'channels')
         some = np.random.default_rng(self.o.seed).permutation(len(data))[:8]     # of any class
-        pixels = np.stack([crop(data.load(i), self.config.image_size) for i in some])
+        pixels = np.stack([crop(load_image(data, i)[1], self.config.image_size) for i in some])
         with self.place.autocast():
             ends, _ = self.model.vae.encode((2 * unit(pixels) - 1).to(self.place.device))          # (8, T, D)
         way = torch.linspace(0, 1, 9, device=ends.device).view(9, 1, 1)
@@ -769,8 +808,12 @@ def grid_statistics(mu):
     high frequencies    sum of p over those beyond 1/4 cycle a token
     total variation     mean |g - its neighbour|, to the right and below
     autocorrelation     sum_t g_t g_(t+1) / sum_t g_t^2, tokens row by row, as the flow reads them
+
+    A single token is no grid: {}.
     """
     side = math.isqrt(mu.shape[1])
+    if side < 2:
+        return {}
     g = (mu - mu.mean(1, keepdim=True)).float().cpu()
     lagged = (g[:, 1:] * g[:, :-1]).sum(1) / g.square().sum(1).clamp(min=1e-12)        # (b, D)
     g = g.unflatten(1, (side, side))                                                   # (b, h, h, D)
@@ -858,14 +901,13 @@ def report(rows, options, seconds):
 
 
 def main(argv):
-    if argv and not argv[0].startswith('-'):
-        argv = ['--samples', *argv]
     options, start = parse_options(Options, argv, 'Images to numbers.'), time.time()
     options.check()
     evaluation = Evaluation(options)
     rows = evaluation.rows()
     if evaluation.place.rank == 0:
         report(rows, options, time.time() - start)
+        evaluation.finish(rows)
 
 
 if __name__ == '__main__':

@@ -37,8 +37,10 @@ from vae import LearnedVAE, Pixels, VAE
 
 # ------------------------------------------------------------------------------------ configuration
 
-def option(default, help):
-    return field(default=default, metadata={'help': help})
+def option(default, help, **how):
+    """A dataclass's field that is an option. how: also=['--n'], other names; bare=True, the
+    value may stand alone on the command line."""
+    return field(default=default, metadata={'help': help} | how)
 
 
 @dataclass
@@ -139,9 +141,7 @@ class Config:
             require(values[name] > 0, f'--{name} must be positive, not {values[name]}')
         for name in SHARES:
             require(0 <= values[name] <= 1, f'--{name} must be between 0 and 1, not {values[name]}')
-        for name, value in values.items():
-            require(not isinstance(value, (int, float)) or value >= 0,
-                    f'--{name} must not be negative, but is {value}')
+        refuse_negative(self)
         require(self.image_size % self.factor == 0, f'--image_size {self.image_size} must be a '
                 f'multiple of the down-sampling factor {self.factor}')
         require(self.width % self.heads == 0,
@@ -243,6 +243,14 @@ PRESETS = {
 }
 
 
+def refuse_negative(options):
+    """UserError if a number among the options, or in a list of numbers, is negative."""
+    for name, value in vars(options).items():
+        for number in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(number, (int, float)) and number < 0:
+                raise UserError(f'--{name} must not be negative, but is {number}')
+
+
 def parse_zero_or_one(text):
     if text not in ('0', '1'):
         raise argparse.ArgumentTypeError(f"'{text}' must be 0 or 1")
@@ -257,6 +265,16 @@ def parse_ints(text):
             f"'{text}' must be integers with commas between, such as 2,2,6")
 
 
+def parse_int(text):
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' must be an integer")
+    if abs(number) >= 2 ** 63:
+        raise argparse.ArgumentTypeError(f'{text} is too large; the largest is {2 ** 63 - 1}')
+    return number
+
+
 def parse_number(text):
     try:
         number = float(text)
@@ -268,7 +286,7 @@ def parse_number(text):
 
 
 PARSERS = {bool: parse_zero_or_one, bool | None: parse_zero_or_one, tuple[int, ...]: parse_ints,
-           float: parse_number}
+           int: parse_int, float: parse_number}
 
 
 def parse_options(cls, argv, description, presets={}):
@@ -280,15 +298,18 @@ def parse_options(cls, argv, description, presets={}):
         many = typing.get_origin(f.type) is list
         kind = typing.get_args(f.type)[0] if many else f.type
         default = '' if f.default in ('', None, ()) else ' (default: %(default)s)'
-        parser.add_argument('--' + f.name, default=f.default, help=f.metadata['help'] + default,
+        names = ['--' + f.name, *f.metadata.get('also', [])]
+        parser.add_argument(*names, default=f.default, help=f.metadata['help'] + default,
                             metavar='', type=PARSERS.get(kind, kind), nargs='+' if many else None,
                             choices=presets if f.name == 'model' and presets else None)
+        if 'bare' in f.metadata:
+            parser.add_argument(f.name, nargs='?', default=argparse.SUPPRESS, help='as --' + f.name)
     if presets:
         chosen = parser.parse_known_args([a for a in argv if a not in ('-h', '--help')])[0]
         parser.set_defaults(**presets[chosen.model])
         if any(a.split('=')[0] == '--epochs' for a in argv):       # asked for: a preset's steps
             parser.set_defaults(steps=0)                           # must not win
-    return cls(**vars(parser.parse_args(argv)))
+    return cls(**vars(parser.parse_intermixed_args(argv)))
 
 
 # ---------------------------------------------------------------------------------------- the model
@@ -583,33 +604,41 @@ def generator(device, stream, seed, index=0):
     return torch.Generator(device).manual_seed(mix_seed(stream, seed, index))
 
 
-def sample_images(model, labels, seed, place, batch_size, cfg=0.0, gamma=0.0, **how):
-    """Yield images (b, H, W, 3) uint8 in order; every process gets all of them and makes its share,
-    at most batch_size at once. All processes must call it, and take all.
+def sample_images(model, labels, seed, place, batch_size, cfg=0.0, gamma=0.0, order=None, **how):
+    """Yield images (b, H, W, 3) uint8; every process gets all of them and makes its share, at most
+    batch_size at once. All processes must call it, and take all.
 
     Image i has class labels[i] and noise from (seed, i), so it depends neither on batch_size nor on
-    the processes. how: see SimFlow.generate.
+    the processes. order: of the i, by default 0, 1, 2, ...  how: see SimFlow.generate. Says how
+    many images were not finite: they are black.
     """
-    for start in range(0, len(labels), batch_size * place.world):
+    order, broken = range(len(labels)) if order is None else order, 0
+    for start in range(0, len(order), batch_size * place.world):
         first = start + place.rank * batch_size
-        index = range(first, min(first + batch_size, len(labels)))
-        images = np.zeros((0, 0, 0, 3), np.uint8)
-        if index:
-            sources = [generator('cpu', SAMPLE, seed, i) for i in index]
+        index, images = order[first:first + batch_size], np.zeros((0, 0, 0, 3), np.uint8)
+        failed = 0
+        if len(index):
+            sources = [generator('cpu', SAMPLE, seed, int(i)) for i in index]
             noise = torch.stack([torch.randn(model.flow.shape, generator=g) for g in sources])
             with place.autocast():
-                y = labels[index.start:index.stop].to(place.device)
-                images = to_uint8(model.generate(y, noise.to(place.device), cfg, gamma, **how))
+                y = torch.stack([labels[i] for i in index]).to(place.device)
+                x = model.generate(y, noise.to(place.device), cfg, gamma, **how)
+            failed, images = int(x.isnan().flatten(1).any(1).sum()), to_uint8(x)
+        shares = [(images, failed)]
         if place.world > 1:
             shares = [None] * place.world
-            dist.all_gather_object(shares, images)
-            images = np.concatenate([share for share in shares if len(share)])
-        yield images
+            dist.all_gather_object(shares, (images, failed))
+        broken += sum(failed for _, failed in shares)
+        yield np.concatenate([images for images, _ in shares if len(images)])
+    if broken:
+        place.print(f'{broken} of {len(order)} images are not finite, and black: --cfg or --gamma '
+                    'is too large, or the checkpoint is broken')
 
 
 def to_uint8(images):
-    """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8 by rounding"""
-    return ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8 by rounding; what is no number is black"""
+    levels = ((images.nan_to_num(-1).clamp(-1, 1) + 1) * 127.5).round()
+    return levels.byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def from_uint8(images):
@@ -675,6 +704,15 @@ def check_sampling(config, gamma, guidance='', tol=0.0):
     if config.prior == 'sit' and any(asked.values()):
         raise UserError(f'{" and ".join(name for name in asked if asked[name])}: needs a flow, but '
                         'the checkpoint is a diffusion model (--prior sit)')
+
+
+def note_on_guidance(config, class_names, cfg, gamma, guidance):
+    """-> a sentence if guidance is asked for where it changes nothing, else ''"""
+    needs_classes = not GUIDANCE[guidance or config.guidance].tau or gamma
+    if class_names or not (cfg or gamma) or not needs_classes:
+        return ''
+    return ('the checkpoint knows no classes: --cfg and --gamma change nothing, and cost time; '
+            '--cfg with --guidance tarflow_tau needs no classes')
 
 
 # --------------------------------------------------------------------------------------- the losses
@@ -769,11 +807,11 @@ HEADS_URL = ('https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips
              'vgg.pth')
 
 
-def load_lpips(vgg_path='', heads_path=''):
-    """-> LPIPS with its released weights, from files or downloaded once. May raise UserError."""
+def load_lpips(vgg_path='', heads_path='', without='--lpips 0 --l2 400'):
+    """-> LPIPS with its released weights, from files or downloaded once. May raise UserError, which
+    names the options to do `without`."""
     folder = os.path.join(torch.hub.get_dir(), 'checkpoints')
-    advice = ('put it there by hand, name a copy with --{}, or train without the perceptual loss: '
-              '--lpips 0 --l2 400')
+    advice = f'put it there by hand, name a copy with --{{}}, or do without LPIPS: {without}'
     vgg_path = vgg_path or fetch(VGG16_URL, os.path.join(folder, 'vgg16-397923af.pth'),
                                  'sha256:397923af', advice.format('lpips_vgg'))
     heads_path = heads_path or fetch(HEADS_URL, os.path.join(folder, 'lpips_v0.1_vgg.pth'),
@@ -785,7 +823,7 @@ def load_lpips(vgg_path='', heads_path=''):
     except DAMAGED as e:
         raise UserError(f'{vgg_path} and {heads_path} are not the weights of VGG16 and of LPIPS '
                         f'({type(e).__name__}); name good copies with --lpips_vgg and '
-                        '--lpips_heads, or do without: --lpips 0 --l2 400')
+                        f'--lpips_heads, or do without: {without}')
 
 
 # -------------------------------------------------------------------------------------- the teacher

@@ -1,26 +1,25 @@
 """Make images with a trained model: noise -> flow, token by token or several at once -> decoder.
 
     python sample.py --cfg 2.0 --gamma 0.25                          a labelled grid, out/grid.png
-    python sample.py --classes heart 3 --n 64 --out hearts.png
-    torchrun --nproc_per_node=8 -- sample.py --n 50000 --out samples.npz
-
-The -- is there because torchrun would take --n for its own.
+    python sample.py --classes heart star --num_samples 64 --out hearts_and_stars.png
+    torchrun --nproc_per_node=8 sample.py --num_samples 50000 --out samples.npz
 
 Image i depends on --seed and i alone: not on --batch_size, nor on the number of processes. With
 --decode jacobi that holds to within --tol.
 """
 from dataclasses import dataclass
 import os
+import zipfile
 
 import numpy as np
 from PIL import Image, ImageDraw
 import torch
 from tqdm import tqdm
 
-from data import UserError, cli
+from data import UserError, cli, whole
 from flow import FEW, too_many
-from model import (check_sampling, find_place, grid, load_model, option, parse_options,
-                   sample_images)
+from model import (check_sampling, find_place, grid, load_model, note_on_guidance, option,
+                   parse_options, refuse_negative, sample_images)
 
 
 @dataclass
@@ -32,27 +31,27 @@ class Options:
                                'off')
     guidance: str = option('', 'how --cfg guides: a row of GUIDANCE in flow.py, such as tarflow or '
                                "tarflow_tau (needs no labels); default: the checkpoint's")
-    n: int = option(80, 'images; the label of image i is class i mod the number of classes')
-    classes: list[str] = option((), 'names or indices of the classes to draw; default: all')
+    num_samples: int = option(80, 'images; image i is of class i mod the number of classes',
+                              also=['--n'])                        # which torchrun takes for its own
+    classes: list[str] = option((), 'names of the classes to draw, or their numbers from 0 on (a name '
+                                    'wins, and counts alone where all are numbers); default: all')
     decode: str = option('sequential', 'how the flow is inverted: sequential, token by token, or '
                                        'jacobi, several at once until they no longer change')
     tol: float = option(1e-3, "jacobi's tolerance, relative change of a token: at 0.001 no pixel "
                               'was more than one level of 255 off, in float32')
     seed: int = option(0, 'of the noise')
     batch_size: int = option(80, 'images at once in each process: more is faster, and more memory')
-    out: str = option('', "X.png: a grid; X.npz: ADM's layout; X/: a PNG an image; default: "
-                          'grid.png beside --ckpt')
+    out: str = option('', "X.png: a grid; X.npz: ADM's layout; X/: a new folder of PNGs; "
+                          'default: grid.png beside --ckpt')
     device: str = option('', 'cuda, mps, cpu; default: the best there is')
     dtype: str = option('', 'float32 or bfloat16 (autocast); default: bfloat16 if the GPU has it')
 
     def check(self):
         """Raise UserError for values that make no sense."""
-        for name in ('n', 'batch_size'):
+        for name in ('num_samples', 'batch_size'):
             if getattr(self, name) < 1:
                 raise UserError(f'--{name} must be at least 1, not {getattr(self, name)}')
-        for name in ('cfg', 'gamma', 'seed'):
-            if getattr(self, name) < 0:
-                raise UserError(f'--{name} must not be negative, but is {getattr(self, name)}')
+        refuse_negative(self)
         if self.decode not in ('sequential', 'jacobi'):
             raise UserError(f'--decode {self.decode} must be sequential or jacobi')
         if self.tol <= 0:
@@ -64,13 +63,13 @@ class Options:
 
 
 def choose_classes(wanted, class_names):
-    """Names or indices -> indices. All classes if none are wanted; UserError for one that is not
-    there."""
-    chosen = []
+    """Names or numbers -> numbers. All classes if none are wanted; UserError for one that is not
+    there. A name wins; where all names are numbers, as in dataset.json, a number is a name."""
+    chosen, numbered = [], all(name.isdecimal() for name in class_names)
     for name in wanted:
         if name in class_names:
             chosen.append(class_names.index(name))
-        elif name.isdecimal() and int(name) < len(class_names):
+        elif name.isdecimal() and int(name) < len(class_names) and not numbered:
             chosen.append(int(name))
         else:
             some = ', '.join(class_names[:10]) + ', ...' * (len(class_names) > 10)
@@ -98,54 +97,88 @@ def labelled_grid(images, labels, class_names):
     return grid(np.stack(tiles), columns)
 
 
-def save_folder(folder, images, labels, class_names):
-    """A PNG an image, in a folder a class if there are classes"""
-    for i, image in enumerate(images):
-        home = os.path.join(folder, *class_names[labels[i]:][:1])
-        os.makedirs(home, exist_ok=True)
-        Image.fromarray(image).save(os.path.join(home, f'{i:06d}.png'))
-
-
-def save(path, images, labels, class_names, seed):
-    """As the ending of `path` says: see --out. UserError if it can't be written."""
+def check_out(path):
+    """Make the folder that `path` is, or lies in. UserError if files are in it that would later be
+    taken for samples of this run, or if nothing can be written there."""
     folder = path if path.endswith('/') else os.path.dirname(path) or '.'
-    try:
-        os.makedirs(folder, exist_ok=True)
-        if path.endswith('.png'):
-            labelled_grid(images, labels, class_names).save(path)
-        elif path.endswith('.npz'):                                # shuffled: order says nothing
-            order = np.random.default_rng(seed).permutation(len(images))
-            arrays = [images[order]] + [labels[order]] * bool(class_names)
-            np.savez(path, *arrays)
-        else:
-            save_folder(folder, images, labels, class_names)
-    except OSError as e:
-        raise UserError(f"--out {path} can't be written: {e.strerror}")
+    os.makedirs(folder, exist_ok=True)
+    if path.endswith('/') and os.listdir(folder):
+        raise UserError(f'--out {path} is not empty; name a new folder, or empty it')
+    if not os.access(folder, os.W_OK):
+        raise UserError(f'--out {path}: nothing can be written to {folder}; name another place')
+
+
+def save_grid(path, batches, labels, class_names):
+    """batches: of images (b, H, W, 3) uint8 -> one picture"""
+    labelled_grid(np.concatenate(list(batches)), labels, class_names).save(path)
+
+
+def save_folder(folder, batches, labels, class_names):
+    """A PNG per image as it comes, in a folder per class if there are classes"""
+    i = 0
+    for batch in batches:
+        for image in batch:
+            home = os.path.join(folder, class_names[labels[i]] if class_names else '')
+            os.makedirs(home, exist_ok=True)
+            Image.fromarray(image).save(os.path.join(home, f'{i:06d}.png'))
+            i += 1
+
+
+def save_npz(path, batches, labels, class_names):
+    """ADM's layout: arr_0 (N, H, W, 3) uint8, arr_1 (N,) labels if there are classes. Written as the
+    batches come, since 50,000 images of 256 pixels are 10 GB."""
+    first = next(batches)
+    header = {'descr': '|u1', 'fortran_order': False, 'shape': (len(labels), *first.shape[1:])}
+    with whole(path) as temporary, zipfile.ZipFile(temporary, 'w') as z:
+        with z.open('arr_0.npy', 'w', force_zip64=True) as f:
+            np.lib.format.write_array_header_1_0(f, header)
+            f.write(first.tobytes())
+            for batch in batches:
+                f.write(batch.tobytes())
+        if class_names:
+            with z.open('arr_1.npy', 'w') as f:
+                np.lib.format.write_array(f, labels)
+
+
+def progress(batches, total, quiet):
+    """The same batches, with a bar that counts their images."""
+    with tqdm(total=total, unit=' images', disable=quiet or None) as bar:
+        for batch in batches:
+            yield batch
+            bar.update(len(batch))
 
 
 def main(argv):
     options = parse_options(Options, argv, 'Make images with a trained SimFlow.')
     options.check()
-    place = find_place(options.device, options.dtype)
+    place, n = find_place(options.device, options.dtype), options.num_samples
     model, config, class_names = load_model(options.ckpt)
     tol = options.tol if options.decode == 'jacobi' else 0.0
     check_sampling(config, options.gamma, options.guidance, tol)
     chosen = torch.tensor(choose_classes(options.classes, class_names))
-    labels = chosen[torch.arange(options.n) % len(chosen)]
-    batches = sample_images(model.to(place.device), labels, options.seed, place, options.batch_size,
-                            options.cfg, options.gamma, guidance=options.guidance, tol=tol)
-    if tol and too_many(place.device, min(options.n, options.batch_size), options.cfg):
+    path = options.out or os.path.join(os.path.dirname(options.ckpt), 'grid.png')
+    place.first(lambda: check_out(path))
+    note = note_on_guidance(config, class_names, options.cfg, options.gamma, options.guidance)
+    if note:
+        place.print(note)
+    if tol and too_many(place.device, min(n, options.batch_size), options.cfg):
         place.print(f'--decode jacobi: with more than {FEW} images at once, guided ones counted '
                     'twice, token by token is faster on a CPU, and used where that is so')
-    images = []
-    with tqdm(total=options.n, unit=' images', disable=place.rank > 0 or None) as bar:
-        for batch in batches:
-            images += [batch] if place.rank == 0 else []
-            bar.update(len(batch))
-    if place.rank == 0:
-        path = options.out or os.path.join(os.path.dirname(options.ckpt), 'grid.png')
-        save(path, np.concatenate(images), labels.numpy(), class_names, options.seed)
-        print(f'{path}: {options.n} images, cfg {options.cfg}, gamma {options.gamma} (0 is off)')
+    # In ADM's layout the order says nothing: any part of it is a fair sample of all classes.
+    order = np.arange(n)
+    if path.endswith('.npz'):
+        order = np.random.default_rng(options.seed).permutation(n)
+    labels = chosen[torch.arange(n) % len(chosen)]
+    batches = sample_images(model.to(place.device), labels, options.seed, place, options.batch_size,
+                            options.cfg, options.gamma, order, guidance=options.guidance, tol=tol)
+    batches = progress(batches, n, quiet=place.rank > 0)
+    if place.rank:
+        for _ in batches:                                          # makes this process's share
+            pass
+        return
+    save = save_grid if path.endswith('.png') else save_npz if path.endswith('.npz') else save_folder
+    save(path, batches, labels.numpy()[order], class_names)
+    print(f'{path}: {n} images, cfg {options.cfg}, gamma {options.gamma} (0 is off)')
 
 
 if __name__ == '__main__':

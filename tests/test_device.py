@@ -3,9 +3,12 @@ import types
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from data import UserError
-from model import Config, Place, find_place
+import evaluate
+from model import LPIPS, PRESETS, Config, Place, find_place
 import train
 
 
@@ -71,6 +74,33 @@ def test_launchers_that_say_half_are_refused(monkeypatch):
 def test_old_gpus_compute_in_float32(two_gpus):
     two_gpus.bf16 = False
     assert find_place().dtype == torch.float32 and find_place(dtype='bfloat16').dtype == torch.bfloat16
+
+
+class NoFloat64(TorchDispatchMode):
+    """A Mac's GPU has no float64, and no complex numbers of it: an error there is one here."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            assert not torch.is_tensor(t) or t.dtype not in (torch.float64, torch.complex128), func
+        return out
+
+
+@pytest.mark.parametrize('more', [dict(), dict(prior='sit'), dict(prior='vp'), dict(codec='learned')])
+def test_nothing_on_a_device_is_float64(more):
+    config = Config(**PRESETS['nano'] | dict(image_size=16, vae_width=8, latent_dim=4, width=16, layers=(1, 1), gan=0.1,
+                                             gan_width=8, batch_size=4) | more)
+    trainer = train.Trainer(config, 3, Place(torch.device('cpu'), torch.float32, False), LPIPS())
+    y, noise = torch.tensor([0, 1, 2, 3]), torch.randn(4, 16, 4)
+    image = torch.rand(4, 3, 16, 16)
+    with NoFloat64():
+        trainer.train_step((255 * image).byte(), y, lr=1e-3)
+        trainer.row()
+        trainer.ema.generate(y, noise, cfg=1.0, gamma=0.0 if config.prior == 'sit' else 0.5)
+        recon, nll, *_ = trainer.model(image, y, noise)
+        trainer.model.rate(nll, 0.5)
+        evaluate.distortion(image, recon.detach(), 0.1)
+        evaluate.covered(torch.randn(9, 4), torch.randn(9, 4))
 
 
 def test_a_cpu_does_not_ask_for_a_gpu(two_gpus):

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+import zipfile
 
 import numpy as np
 from PIL import Image
@@ -41,9 +42,8 @@ class Tiny(nn.Module):
 
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
-    """Inception replaced, and a cache of the test's own."""
+    """Inception replaced."""
     monkeypatch.setattr(evaluate, 'load_inception', lambda features, path: (Tiny(), evaluate.DIGEST))
-    monkeypatch.setattr(evaluate, 'CACHE', str(tmp_path / 'cache'))
     return tmp_path
 
 
@@ -93,17 +93,22 @@ def test_inception_has_the_names_and_shapes_of_the_released_weights(inception, e
 
 
 def test_features_equal_torch_fidelitys(inception, expected):
+    """In units of the largest feature. Float32 has eps = 6e-8, and a sum of n products is off by about eps sqrt(n) of its
+    scale: 2.4e-6 for the n = 1,300 to 3,500 here. The longest way through the network has some 40 of them in a row: 1.5e-5;
+    of thousands of normal errors the largest is 4 times that."""
     images = torch.from_numpy(golden.two_sets()[0][:3]).permute(0, 3, 1, 2).contiguous()
     for name, features in zip(('pool', 'logits', 'spatial'), inception(images)):
         error = np.abs(features[:, ::32].numpy() - expected[name]).max()
-        assert error < 1e-5 * np.abs(expected[name]).max(), name
+        assert error < 6e-5 * np.abs(expected[name]).max(), name
 
 
 def test_metrics_equal_torch_fidelitys(inception, expected):
+    # Features are off by 1.5e-5 (above), and distances are squares of them: 3e-5. Scores are exponentials of logits, sums
+    # of 2048 features.
     net = inception.to(memory_format=torch.channels_last)          # as the program has it
     row = evaluate.compare(*(summarise(net, pixels) for pixels in golden.two_sets()), 'cpu')
-    assert row['FID'] == pytest.approx(expected['fid'], rel=1e-6)
-    assert (row['IS'], row['IS std']) == pytest.approx(expected['score'], rel=1e-5)
+    assert row['FID'] == pytest.approx(expected['fid'], rel=3e-5)
+    assert (row['IS'], row['IS std']) == pytest.approx(expected['score'], rel=1e-4)
     for name in ('precision', 'recall'):
         assert row[name] == pytest.approx(expected[name].item())
 
@@ -250,55 +255,62 @@ def test_folder_zip_and_npz_give_the_same_numbers(tiny, capsys):
     shutil.make_archive(tiny / 'archive', 'zip', folder)
     np.savez_compressed(tiny / 'packed.npz', pixels)
     save_npz(tiny / 'plain.npz', pixels), save_npz(tiny / 'columns.npz', np.asfortranarray(pixels))
-    sources = [folder, *(tiny / name for name in ('archive.zip', 'packed.npz', 'plain.npz', 'columns.npz'))]
+    for version in (2, 3):                                         # of numpy's format
+        with zipfile.ZipFile(tiny / f'version{version}.npz', 'w') as z, z.open('arr_0.npy', 'w') as f:
+            np.lib.format.write_array(f, pixels, (version, 0))
+    names = 'archive.zip', 'packed.npz', 'plain.npz', 'columns.npz', 'version2.npz', 'version3.npz'
+    sources = [folder, *(tiny / name for name in names)]
     rows = [run(capsys, source, '--ref', ref)['rows'][0] for source in sources]
     for row in rows:
         assert row | {'samples': ''} == pytest.approx(rows[0] | {'samples': ''})
     assert (rows[0]['n'], rows[0]['ref n']) == (20, 30)
 
 
-def test_reference_is_cached_and_never_taken_for_another(tiny, capsys):
-    samples, ref = save_npz(tiny / 's.npz', golden.images(0, 20, 16)), tiny / 'ref.npz'
-    save_npz(ref, golden.images(1, 30, 16))
-    first = run(capsys, samples, '--ref', ref)['rows']
-    cached, = (tiny / 'cache').iterdir()
-    before = cached.stat().st_mtime_ns
-    assert run(capsys, samples, '--ref', ref)['rows'] == first
-    assert cached.stat().st_mtime_ns == before                     # reused
-    save_npz(ref, golden.images(2, 30, 16))                        # other content under the same name
-    assert run(capsys, samples, '--ref', ref)['rows'][0]['FID'] != first[0]['FID']
-    run(capsys, samples, '--ref', ref, '--ref_n', 12)              # part of it
-    assert len(list((tiny / 'cache').iterdir())) == 3
-    save_npz(ref, golden.images(1, 30, 16))
-    other = next(path for path in (tiny / 'cache').iterdir() if path != cached)
-    cached.write_bytes(other.read_bytes())
-    with pytest.raises(UserError, match='content'):
-        run(capsys, samples, '--ref', ref)
-
-
 def test_statistics_are_references_and_samples_too(tiny, capsys):
     samples = save_npz(tiny / 's.npz', golden.images(0, 20, 16))
-    ref = save_npz(tiny / 'r.npz', golden.images(1, 30, 16))
-    row, = run(capsys, samples, '--ref', ref)['rows']
-    ours, = (tiny / 'cache').iterdir()
+    ref, ours = save_npz(tiny / 'r.npz', golden.images(1, 30, 16)), tiny / 'ours.npz'
+    row, = run(capsys, samples, '--ref', ref, '--save_ref', ours)['rows']
     assert run(capsys, samples, '--ref', ours)['rows'] == [row]
     both, = run(capsys, ours, '--ref', ours)['rows']
     assert both['FID'] < 1e-6 and both['precision'] == 1
     with np.load(ours) as z:
         adm = {name: z[name] for name in ('mu', 'sigma', 'mu_s', 'sigma_s')}
     np.savez(tiny / 'adm.npz', **adm)
-    alone, = run(capsys, samples, '--ref', tiny / 'adm.npz')['rows']
+    evaluate.main([str(samples), '--ref', str(tiny / 'adm.npz')])
+    out = capsys.readouterr().out
+    assert 'adm.npz does not say of which images' in out
+    alone, = json.loads(out.splitlines()[-1])['rows']
     assert alone == row | {'ref n': None, 'precision': None, 'recall': None}
     assert run(capsys, tiny / 'adm.npz', '--ref', tiny / 'adm.npz')['rows'][0]['FID'] < 1e-6
     np.savez(tiny / 'batch.npz', arr_0=golden.images(1, 30, 16), **adm | {'mu': adm['mu'] + 1})
     beside, = run(capsys, samples, '--ref', tiny / 'batch.npz')['rows']
     assert beside['FID'] != row['FID'] and beside['precision'] == row['precision']
+    np.savez(tiny / 'adm.npz', mu=np.zeros(8), sigma=np.eye(8))
+    with pytest.raises(UserError, match='there are 24 features'):
+        run(capsys, samples, '--ref', tiny / 'adm.npz')
+
+
+def test_a_full_disk_costs_no_numbers(tiny, capsys, monkeypatch):
+    def full(*args, **arrays):
+        raise OSError(28, 'No space left on device')
+    samples = save_npz(tiny / 's.npz', golden.images(0, 20, 16))
+    monkeypatch.setattr(np, 'savez', full)
+    with pytest.raises(OSError):
+        run(capsys, samples, '--ref', samples, '--save_ref', tiny / 'full.npz')
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])['rows'][0]['FID'] < 1e-6
+    assert os.listdir(tiny) == ['s.npz']
+
+
+def test_two_sizes_are_said(tiny, capsys):
+    samples, ref = save_npz(tiny / 's.npz', golden.images(0, 20, 16)), save_npz(tiny / 'r.npz', golden.images(0, 20, 32))
+    evaluate.main([str(samples), '--ref', str(ref)])
+    assert 'r.npz has images of 32 x 32 pixels, compared at 16' in capsys.readouterr().out
 
 
 def test_statistics_of_another_size_are_refused(tiny, capsys):
     samples = save_npz(tiny / 's.npz', golden.images(0, 20, 16))
-    run(capsys, samples, '--ref', samples)
-    ours, = (tiny / 'cache').iterdir()
+    ours = tiny / 'ours.npz'
+    run(capsys, samples, '--ref', samples, '--save_ref', ours)
     with pytest.raises(UserError, match='size 16, not 32'):
         run(capsys, save_npz(tiny / 'l.npz', golden.images(0, 20, 32)), '--ref', ours)
 
@@ -310,6 +322,10 @@ def truncated(path):
 
 def broken(path):
     (save_folder(path, IMAGES) / '0011.png').write_bytes(b'PNG?')
+
+
+def dangling(path):
+    (save_folder(path, IMAGES) / 'link.png').symlink_to('nowhere')
 
 
 IMAGES = golden.images(0, 20, 8)
@@ -324,7 +340,9 @@ BAD = {                                                            # name: file,
     'missing': ('x.npz', lambda path: None, 'cannot be read'),
     'text': ('x.npz', lambda path: path.write_text('hello'), 'cannot be read'),
     'truncated': ('x.npz', truncated, 'cannot be read'),
-    'broken': ('x', broken, 'cannot be read.*0011')}
+    'npy': ('x.npz', lambda path: np.save(open(path, 'wb'), IMAGES), 'cannot be read'),
+    'broken': ('x', broken, '1 of 20 images are unreadable, such as 0011'),
+    'dangling': ('x', dangling, '1 of 21 images are unreadable, such as link')}
 
 
 @pytest.mark.parametrize('case', BAD)
@@ -338,16 +356,15 @@ def test_bad_samples_are_one_sentence(case, tiny, capsys):
 def test_random_features_never_pass_for_fid(tiny, capsys, monkeypatch):
     monkeypatch.setattr(evaluate, 'load_inception', lambda features, path: (Tiny(), 'random'))
     samples = save_npz(tiny / 's.npz', IMAGES)
-    evaluate.main([str(samples), '--ref', str(samples), '--features', 'random'])
+    evaluate.main([str(samples), '--ref', str(samples), '--features', 'random', '--save_ref', str(tiny / 'random.npz')])
     out = capsys.readouterr().out
     assert 'random FID-20' in out and 'NOT FID' in out and '"FID": 0' not in out
-    random, = (tiny / 'cache').iterdir()
     np.savez(tiny / 'adm.npz', mu=np.zeros(24), sigma=np.eye(24))
     with pytest.raises(UserError, match='arr_0'):                  # ADM's statistics are Inception's
         run(capsys, samples, '--ref', tiny / 'adm.npz', '--features', 'random')
     monkeypatch.setattr(evaluate, 'load_inception', lambda features, path: (Tiny(), evaluate.DIGEST))
     with pytest.raises(UserError, match='inception random, not sha256'):
-        run(capsys, samples, '--ref', random)
+        run(capsys, samples, '--ref', tiny / 'random.npz')
 
 
 def test_features_that_are_not_finite_are_an_error(tiny, capsys, monkeypatch):
@@ -369,10 +386,35 @@ def test_jpeg_samples_are_a_warning(tiny, capsys):
     ([], 'name either samples'), (['a.npz'], '--ref is missing'),
     (['a.npz', '--ref', 'b', '--cfg', '1'], 'need a --ckpt'),
     (['a.npz', '--ref', 'b', '--features', 'vgg'], 'must be inception or random'),
-    (['a.npz', '--ref', 'b', '--n', '5'], 'too few'), (['a.npz', '--reff', 'b'], '--reff')])
+    (['a.npz', '--ref', 'b', '--n', '5'], 'too few'), (['a.npz', '--reff', 'b'], '--reff'),
+    (['--ckpt', 'c', '--ref', 'b', '--cfg', '0', '-1'], '--cfg must not be negative'),
+    (['a.npz', '--ref', 'b', '--seed', '-1'], '--seed must not be negative'),
+    (['a.npz', '--ref', 'b', '--seed', str(2 ** 64)], 'seed.*too large'),
+    (['a.npz', '--ref', 'b', '--save_ref', 'x.zip'], '--save_ref')])
 def test_bad_options_are_one_sentence(argv, message):
     with pytest.raises(UserError, match=message):
         evaluate.main(argv)
+
+
+def test_samples_may_stand_anywhere(tiny, capsys):
+    samples = str(save_npz(tiny / 's.npz', golden.images(0, 20, 8)))
+    for argv in ([samples, '--ref', samples], ['--ref', samples, samples], ['--ref', samples, '--samples', samples],
+                 ['--ref', samples, '--batch_size', '7', samples, '--seed', '3']):
+        assert run(capsys, *argv)['rows'][0]['samples'] == samples
+
+
+def test_a_few_unreadable_images_are_replaced_and_named(tiny, capsys):
+    pixels = golden.images(0, 200, 8)
+    ref, folder = save_npz(tiny / 'ref.npz', pixels), save_folder(tiny / 'x', pixels)
+    (folder / '0000.png').write_bytes(b'PNG?')
+    (folder / '0150.png').write_bytes(b'')
+    evaluate.main([str(folder), '--ref', str(ref)])
+    out = capsys.readouterr().out
+    assert 'unreadable, and replaced by the images after them: 0000.png, 0150.png' in out
+    row = json.loads(out.splitlines()[-1])['rows'][0]
+    pixels[0], pixels[150] = pixels[1], pixels[151]
+    expected = run(capsys, save_npz(tiny / 'replaced.npz', pixels), '--ref', ref)['rows'][0]
+    assert row['n'] == 200 and row['FID'] == pytest.approx(expected['FID'], rel=1e-9)
 
 
 # -------------------------------------------------------------------------------------------------- processes
@@ -385,7 +427,6 @@ def share_work(rank, world, folder):
     place = dataclasses.replace(HERE, rank=rank, world=world)
     evaluate.find_place = lambda device, dtype: place
     evaluate.load_inception = lambda features, path: (Tiny(), evaluate.DIGEST)
-    evaluate.CACHE = f'{folder}/cache{world}'
     evaluate.load_lpips = Distance
     tables = []
     evaluate.report = lambda rows, *args: tables.extend(rows)
@@ -463,12 +504,42 @@ def test_reconstruct_reports_both_readings(tiny, capsys, monkeypatch):
     assert noisy['rate'] > 0 and noisy['ELBO'] > 0 and 'rate' not in clean
 
 
+def test_tiny_images_lack_what_cannot_be_computed(tiny, capsys):
+    """4 pixels are too few for SSIM's window; one token is no grid."""
+    ckpt, data = save_checkpoint(tiny / 'ckpt.pt', image_size=4), save_npz(tiny / 'data.npz', golden.images(1, 20, 4))
+    rows = run(capsys, '--ckpt', ckpt, '--reconstruct', data, '--features', 'random')['rows']
+    assert all('PSNR' in row and 'SSIM' not in row for row in rows)
+    row, = run(capsys, '--ckpt', ckpt, '--latents', 1, '--reconstruct', data)['rows']
+    assert 'std of mu' in row and 'spectral entropy' not in row
+    rows = run(capsys, '--ckpt', ckpt, '--ref', data, '--n', 10, '--cfg', 1, '--guidance', 'tarflow')['rows']
+    assert rows[0]['FID'] > 0
+
+
+def test_classes_that_do_not_match_are_said(tiny, capsys):
+    ckpt, data = save_checkpoint(tiny / 'ckpt.pt'), save_npz(tiny / 'data.npz', golden.images(1, 20, 16))
+    evaluate.main(['--ckpt', str(ckpt), '--latents', '1', '--reconstruct', str(data)])
+    assert 'no classes, or others than the checkpoint' in capsys.readouterr().out
+
+
+def test_images_that_are_not_finite_are_counted(tiny, capsys, monkeypatch):
+    ckpt, data = save_checkpoint(tiny / 'ckpt.pt'), save_npz(tiny / 'data.npz', golden.images(1, 20, 16))
+    generate = SimFlow.generate
+
+    def spoiled(self, y, *args, **how):
+        images = generate(self, y, *args, **how)
+        images[y == 1, 0, 0, 0] = float('nan')
+        return images
+    monkeypatch.setattr(SimFlow, 'generate', spoiled)
+    evaluate.main(['--ckpt', str(ckpt), '--ref', str(data), '--n', '12', '--batch_size', '5'])
+    assert '4 of 12 images are not finite' in capsys.readouterr().out
+
+
 def test_rate_is_infinite_without_noise(tiny, capsys):
     ckpt = save_checkpoint(tiny / 'ckpt.pt', sigma=0.0)
     data = save_npz(tiny / 'data.npz', golden.images(1, 20, 16))
     evaluate.main(['--ckpt', str(ckpt), '--reconstruct', str(data), '--features', 'random'])
     out = capsys.readouterr().out.splitlines()
-    assert ' inf ' in out[1] and json.loads(out[-1])['rows'][0]['rate'] is None
+    assert any(' inf ' in line for line in out) and json.loads(out[-1])['rows'][0]['rate'] is None
 
 
 def test_distortion_by_its_definition():

@@ -1,4 +1,6 @@
 """sample.py from a checkpoint to files: labels, layouts, processes, mistakes."""
+import os
+
 import numpy as np
 from PIL import Image
 import pytest
@@ -53,6 +55,53 @@ def test_parallel_decoding_needs_a_flow(tmp_path):
         sample.main(['--ckpt', str(tmp_path / 'ckpt.pt'), '--decode', 'jacobi'])
 
 
+def test_order_of_an_npz_is_only_an_order(ckpt, tmp_path):
+    """Image i is what it is elsewhere: here, of a folder, whose names are the i."""
+    arrays = npz(ckpt, tmp_path / 'a.npz', '--num_samples', '12', '--batch_size', '5')
+    sample.main(['--ckpt', ckpt, '--device', 'cpu', '--num_samples', '12', '--out', f'{tmp_path}/x/'])
+    order = np.random.default_rng(0).permutation(12)
+    assert arrays['arr_1'].tolist() == [i % 10 for i in order]
+    by_number = {path.name: path for path in (tmp_path / 'x').rglob('*.png')}
+    for image, i in zip(arrays['arr_0'], order):
+        other = np.asarray(Image.open(by_number[f'{i:06d}.png']))
+        assert np.abs(image.astype(int) - other).max() <= 1        # batches differ, and so does rounding
+    assert sorted(os.listdir(tmp_path)) == ['a.npz', 'x']
+
+
+def test_where_samples_cannot_go(ckpt, tmp_path, monkeypatch):
+    (tmp_path / 'used').mkdir()
+    (tmp_path / 'used' / 'old.png').touch()
+    monkeypatch.setattr(sample, 'sample_images', lambda *args, **how: pytest.fail('after an hour of sampling'))
+    with pytest.raises(UserError, match='used/ is not empty'):
+        sample.main(['--ckpt', ckpt, '--out', f'{tmp_path}/used/'])
+    with pytest.raises(OSError):
+        sample.main(['--ckpt', ckpt, '--out', f'{tmp_path}/used/old.png/grid.png'])
+    monkeypatch.setattr(os, 'access', lambda path, mode: False)
+    with pytest.raises(UserError, match='nothing can be written'):
+        sample.main(['--ckpt', ckpt, '--out', f'{tmp_path}/a.npz'])
+
+
+def test_an_interrupted_npz_leaves_nothing(ckpt, tmp_path, monkeypatch):
+    def interrupted(*args, **how):
+        yield np.zeros((4, 16, 16, 3), np.uint8)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(sample, 'sample_images', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sample.main(['--ckpt', ckpt, '--out', f'{tmp_path}/a.npz'])
+    assert os.listdir(tmp_path) == []
+
+
+def test_guidance_without_classes_is_said(tmp_path, capsys):
+    (tmp_path / 'flat').mkdir()
+    for i in range(4):
+        Image.new('RGB', (16, 16), (60 * i, 0, 0)).save(tmp_path / 'flat' / f'{i}.png')
+    train.main([*TINY, '--data', f'{tmp_path}/flat', '--steps', '1', '--sample_interval', '0', '--out', str(tmp_path)])
+    command = ['--ckpt', f'{tmp_path}/ckpt.pt', '--n', '2', '--cfg', '1']
+    for more, said in ([], True), (['--gamma', '1'], True), (['--guidance', 'tarflow_tau'], False):
+        sample.main([*command, *more])
+        assert ('knows no classes' in capsys.readouterr().out) == said
+
+
 def test_seeds_and_classes(ckpt, tmp_path):
     a, b = [npz(ckpt, tmp_path / 'a.npz', '--n', '4', '--seed', seed)['arr_0'] for seed in ('1', '2')]
     assert not np.array_equal(a, b)
@@ -80,10 +129,14 @@ def test_classes_by_name_or_number():
     for wrong in ('3', 'cow', '-1'):
         with pytest.raises(UserError, match=f'--classes {wrong}'):
             sample.choose_classes([wrong], names)
+    numbers = ['0', '3', '7']                                      # of a dataset.json with gaps
+    assert sample.choose_classes(['7', '3'], numbers) == [2, 1]
+    with pytest.raises(UserError, match='--classes 1'):
+        sample.choose_classes(['1'], numbers)
 
 
 @pytest.mark.parametrize('argv, word', [
-    (['--n', '0'], '--n'), (['--cfg', '-1'], '--cfg'), (['--out', 'a.jpg'], '--out'), (['--gama', '1'], '--gama'),
+    (['--n', '0'], '--num_samples'), (['--seed', '-1'], '--seed'), (['--seed', str(2 ** 64)], '--seed'), (['--cfg', '-1'], '--cfg'), (['--out', 'a.jpg'], '--out'), (['--gama', '1'], '--gama'),
     (['--batch_size', '0'], '--batch_size'), (['--decode', 'fast'], '--decode'), (['--tol', '0'], '--tol'),
     (['--tol', '0.01'], '--decode jacobi')])
 def test_mistakes(ckpt, argv, word):
@@ -96,5 +149,7 @@ def test_mistakes_end_in_one_sentence(tmp_path):
     assert result.returncode == 2 and result.stderr.startswith('error: ') and result.stderr.count('\n') == 1
 
 
-def test_help_says_what_off_is():
-    assert '0 is off' in ' '.join(run(python('sample.py', '--help')).stdout.split())
+def test_help_says_what_off_is(capsys):
+    with pytest.raises(SystemExit):
+        sample.main(['--help'])
+    assert '0 is off' in ' '.join(capsys.readouterr().out.split())
