@@ -578,9 +578,10 @@ def check_launch():
     if 'RANK' in os.environ and missing:
         raise UserError(f'RANK is set, but not {", ".join(missing)}: start by torchrun, which sets '
                         'them all, or unset RANK')
-    if 'RANK' not in os.environ and int(os.environ.get('SLURM_NTASKS', 1)) > 1:
-        raise UserError('srun would start this program SLURM_NTASKS times, each alone: start one '
-                        'torchrun a node, or set SLURM_NTASKS=1 for a single process')
+    tasks = os.environ.get('SLURM_NTASKS', '1')
+    if 'RANK' not in os.environ and tasks != '1':
+        raise UserError(f'SLURM_NTASKS is {tasks}, and srun starts as many, which would not know of '
+                        'each other: let it start one torchrun per node, or unset SLURM_NTASKS')
 
 
 def leave_processes():

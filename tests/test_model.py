@@ -1,4 +1,5 @@
 """Configuration, the joint model, its losses, and what checkpoints and options say when they are wrong."""
+import dataclasses
 import os
 
 import numpy as np
@@ -9,7 +10,7 @@ from conftest import ROOT
 from data import UserError
 import model as simflow
 from model import (LPIPS, PRESETS, Config, Discriminator, SimFlow, adaptive_weight, find_place, generator, hinge,
-                   load_checkpoint, load_lpips, parse_options, sample_images)
+                   load_checkpoint, load_lpips, load_model, parse_options, sample_images)
 
 TINY = Config(**PRESETS['nano'] | dict(image_size=16, vae_width=8, latent_dim=4, width=16, layers=(1, 1, 2)))
 
@@ -182,6 +183,21 @@ def test_lpips_weights_that_cannot_be_had(tmp_path, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------------ checkpoints
+
+def test_checkpoints_of_other_versions_are_refused_in_a_sentence(tmp_path):
+    path, model = tmp_path / 'ckpt.pt', tiny_model()
+    state = {'config': dataclasses.asdict(TINY), 'class_names': list('abc'), 'step': 1, 'ema': model.state_dict()}
+    torch.save(state, path)
+    assert load_model(str(path))[2] == ['a', 'b', 'c']
+    torch.save(state | {'config': state['config'] | {'rotary': True, 'heds': 2}}, path)
+    with pytest.raises(UserError, match='does not know: --rotary, --heds; use the version'):
+        load_model(str(path))
+    for ema in ({'vae.conv_out.bias': torch.zeros(7)}, {'new.weight': torch.zeros(1)}):
+        torch.save(state | {'ema': state['ema'] | ema}, path)
+        with pytest.raises(UserError, match='other weights than its own options say .*; use the version') as e:
+            load_model(str(path))
+        assert '\n' not in str(e.value)
+
 
 def test_checkpoints_that_are_none(tmp_path):
     with pytest.raises(UserError, match='train.py'):
