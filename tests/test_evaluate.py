@@ -443,16 +443,15 @@ def test_any_number_of_processes_gives_the_same_numbers(tmp_path):
     save_npz(tmp_path / 's.npz', golden.images(0, 31, 16))
     save_npz(tmp_path / 'r.npz', golden.images(1, 23, 16))
     save_checkpoint(tmp_path / 'ckpt.pt')
-    worlds = [mp.spawn(share_work, (world, str(tmp_path)), world, join=False) for world in (1, 2, 3)]
+    worlds = [mp.spawn(share_work, (world, str(tmp_path)), world, join=False) for world in (1, 3)]
     for world in worlds:
         while not world.join():
             pass
-    one, *others = [json.load(open(tmp_path / f'rows{world}.json')) for world in (1, 2, 3)]
-    for rows in others:
-        for a, b in zip(one, rows, strict=True):
-            assert a.keys() == b.keys()
-            for name in a.keys() - {'images/s', 'samples', 'decoded'}:
-                assert a[name] == pytest.approx(b[name], rel=1e-6), name
+    one, three = [json.load(open(tmp_path / f'rows{world}.json')) for world in (1, 3)]
+    for a, b in zip(one, three, strict=True):
+        assert a.keys() == b.keys()
+        for name in a.keys() - {'images/s', 'samples', 'decoded'}:
+            assert a[name] == pytest.approx(b[name], rel=1e-6), name
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints

@@ -2,7 +2,6 @@
 import csv
 import dataclasses
 import functools
-import json
 import os
 import multiprocessing
 import shutil
@@ -20,7 +19,6 @@ from conftest import ROOT
 from data import UserError, cli
 from model import LPIPS, PRESETS, Config, Discriminator, Place, SimFlow, load_model, parse_options
 import train
-from worker import gradients
 
 TINY = ('--image_size 16 --vae_width 8 --latent_dim 4 --width 16 --layers 1,1,2 --gan_width 8 --batch_size 8 '
         '--workers 0 --device cpu --gan 0.1').split()
@@ -232,9 +230,9 @@ def train_until(out, reached):
 
 @pytest.fixture
 def handlers():
-    """The test may change how signals are handled."""
+    """The test may change how signals are handled, and finds them as in a terminal, even under nohup."""
     numbers = [getattr(signal, name) for name in train.Interrupt.NAMES]
-    before = [signal.getsignal(number) for number in numbers]
+    before = [signal.signal(number, signal.SIG_DFL) for number in numbers]
     yield numbers
     for number, handler in zip(numbers, before):
         signal.signal(number, handler)
@@ -277,105 +275,7 @@ def test_signals_save_and_end(tmp_path, number, code):
     assert torch.load(tmp_path / 'ckpt.pt', weights_only=True)['step'] >= done
 
 
-# ---------------------------------------------------------------------------------------- processes and micro-batches
-
-def small(*extra):
-    return [*TINY, '--gan_adaptive', '0', '--vae_mults', '1', *extra]
-
-
-SIBLINGS = {'learned': ['--codec', 'learned'], 'vp': ['--prior', 'vp'],
-            'aligned': '--align forward --repa random --repa_block 2 --repa_width 16'.split()}
-JOBS = {'plain': ['gradients', small()], 'accum': ['gradients', small('--grad_accum', '2')],
-        'skip': ['skip', TINY + ['--prior', 'vp']]}
-JOBS |= {name: ['gradients', small(*extra)] for name, extra in SIBLINGS.items()}
-
-
-@pytest.fixture(scope='module')
-def two_processes(tmp_path_factory):
-    """What two processes make of the jobs: name, rank -> answer"""
-    folder = tmp_path_factory.mktemp('jobs')
-    (folder / 'jobs.json').write_text(json.dumps(JOBS))
-    result = run(torchrun(2, os.path.join(ROOT, 'tests', 'worker.py'), str(folder)))
-    assert result.returncode == 0, result.stderr
-    return lambda name, rank=0: torch.load(folder / f'{name}.{rank}', weights_only=True)
-
-
-@pytest.fixture(scope='module')
-def plain():
-    return gradients(small())
-
-
-def assert_same_gradients(a, b):
-    """To rounding, in every parameter. One that cancels is held against its fellows, of the same part of the network:
-    float32 has eps 6e-8, the longest sums (over a batch's pixels) have about 1e4 terms, and come through some 20 layers
-    that add their own; all of the terms rounded the same way would be 6e-4, a random walk 6e-6. Between them: 1e-4."""
-    assert a.keys() == b.keys()
-    part = lambda name: name.split('.')[:2]
-    for name, grad in a.items():
-        scale = max(g.abs().max() for fellow, g in a.items() if part(fellow) == part(name))
-        assert (grad - b[name]).abs().max() < 1e-4 * scale, name
-
-
-@pytest.mark.parametrize('extra', [['--grad_accum', '2'], ['--grad_ckpt', '1']])
-def test_same_gradients_however_they_are_computed(plain, extra):
-    """VAE, flow and discriminator; fixed adversarial weight. With an adaptive one each part would take its own ratio of
-    gradient norms."""
-    assert_same_gradients(plain, gradients(small(*extra)))
-    # on the discriminator's last bias, real and fake images pull equally hard in opposite directions
-    assert [name for name, grad in plain.items() if grad.abs().max() == 0] == ['disc.8.bias']
-
-
-@pytest.mark.parametrize('job', ['plain', 'accum'])
-def test_two_processes_have_the_gradients_of_one(plain, two_processes, job):
-    assert_same_gradients(plain, two_processes(job))
-
-
-@pytest.mark.parametrize('job', SIBLINGS)
-def test_siblings_have_the_same_gradients_in_two_processes(two_processes, job):
-    assert_same_gradients(gradients(JOBS[job][1]), two_processes(job))
-
-
-def test_whole_graphs_have_the_same_gradients(monkeypatch, plain):
-    """What Trainer.compile hands over has no graph breaks, and is differentiated right: all of torch.compile but the
-    generated code, which takes a minute to build for all parts."""
-    compile = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, 'compile', lambda self, **how: compile(self, backend='aot_eager', **how))
-    assert_same_gradients(plain, gradients(small('--compile', '1')))
-
-
-def test_compiled_code_has_the_same_gradients():
-    """Generated code, of a flow of pixels: its codec cuts patches, where there is nothing to compile (an error for
-    PyTorch)."""
-    options = ['--model', 'tarflow', '--image_size', '8', '--layers', '1', '--width', '16', '--batch_size', '4']
-    assert_same_gradients(gradients(options), gradients([*options, '--compile', '1']))
-
-
-@pytest.mark.parametrize('extra', [[], ['--prior', 'vp', '--align', 'reverse', '--repa', 'random', '--gan', '0']])
-def test_two_processes_train_and_sample(tmp_path, extra):
-    """The whole script under torchrun: the log and the samples are those of one process."""
-    options = TINY + ['--gan_adaptive', '0', '--steps', '3', '--log_interval', '1', '--sample_interval', '3', *extra]
-    train.main([*options, '--out', str(tmp_path / 'one')])
-    result = run(torchrun(2, 'train.py', *options, '--out', str(tmp_path / 'two')))
-    assert result.returncode == 0, result.stderr
-    for a, b in zip(read_log(tmp_path / 'one'), read_log(tmp_path / 'two'), strict=True):
-        shared = [name for name in a if name != 'mu_std']          # of a process's own images: fewer, so less spread
-        assert [float(b[k]) for k in shared] == pytest.approx([float(a[k]) for k in shared], rel=2e-3, abs=1e-4)
-    assert sorted(os.listdir(tmp_path / 'one')) == sorted(os.listdir(tmp_path / 'two'))
-    one, two = [torch.load(tmp_path / name / 'ckpt.pt', weights_only=True)['ema'] for name in ('one', 'two')]
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=1e-2, atol=2e-3)
-
-
 # ------------------------------------------------------------------------------------------------- numbers that are none
-
-def test_a_step_that_is_not_finite_in_one_process_is_left_out_in_all(two_processes):
-    """Weights, optimizers, discriminator, averages and the sums for the log, in each of two processes."""
-    for rank in range(2):
-        skipped, left_out = two_processes('skip', rank)
-        assert (skipped.pop('count'), skipped.pop('skipped'), left_out.pop('count'), left_out.pop('skipped')) == (4, 1, 3, 0)
-        assert same(skipped, left_out)
-        assert all(value.isfinite().all() for value in skipped['model'].values())
-
 
 def spoil(monkeypatch, bad):
     """Let the noise of each step that `bad` says be NaN."""
