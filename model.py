@@ -483,7 +483,7 @@ class Place:
     compile: bool
     rank: int = 0
     world: int = 1
-    patient: dist.ProcessGroup | None = None                       # waits long for process 0
+    patient: object = None                                         # group that waits long for process 0
 
     def autocast(self):
         """bfloat16 matrix products, if that is the dtype; parameters and sums stay float32."""
@@ -542,6 +542,8 @@ def find_place(device='', dtype='', compile=None):
     """-> Place: the best device here, or the one asked for, as torchrun's environment has it.
     UserError for a device or dtype that is not."""
     check_launch()
+    if ':' in device and int(os.environ.get('LOCAL_WORLD_SIZE', 1)) > 1:
+        raise UserError(f'--device {device} is one device for several processes; give --device {device.split(":")[0]}')
     if not device:
         device = ('cuda' if torch.cuda.is_available() else
                   'mps' if torch.backends.mps.is_available() else 'cpu')

@@ -284,8 +284,9 @@ class Trainer:
     def state(self):
         """Tensors and plain containers only."""
         state = {'step': self.step, 'totals': self.totals, 'count': self.count,
-                 'skipped': self.skipped, 'model': self.model.state_dict(),
-                 'ema': self.ema.state_dict(), 'opt': self.opt.state_dict()}
+                 'skipped': self.skipped, 'broken': self.broken, 'broken_step': self.broken_step,
+                 'model': self.model.state_dict(), 'ema': self.ema.state_dict(),
+                 'opt': self.opt.state_dict()}
         if self.config.gan:
             state |= {'disc': self.disc.state_dict(), 'disc_opt': self.disc_opt.state_dict()}
         return state
@@ -294,8 +295,9 @@ class Trainer:
         """What `state` returned, in a run that may have other learning rates or another --lpips."""
         self.step = state['step']
         if len(state['totals']) == len(self.names):                # else the averages start anew
-            self.totals, self.count = state['totals'].to(self.place.device), state['count']
-            self.skipped = state.get('skipped', self.skipped).to(self.place.device)
+            self.count = state['count']
+            for name in ('totals', 'skipped', 'broken', 'broken_step'):      # older ones lack three
+                setattr(self, name, state.get(name, getattr(self, name)).to(self.place.device))
         for name in state.keys() & {'opt', 'disc_opt'}:            # as configured, not as saved
             state[name]['param_groups'] = getattr(self, name).state_dict()['param_groups']
         for name in state.keys() & {'model', 'ema', 'opt', 'disc', 'disc_opt'}:
@@ -328,7 +330,7 @@ def save(trainer, data):
         with contextlib.suppress(OSError):
             os.remove(path + '.tmp')
         raise UserError(f'{path} could not be written at step {trainer.step} '
-                        f'({str(e).splitlines()[0]}); an older one is untouched: make room, and '
+                        f'({str(e).splitlines()[0]}); the one before is untouched: make room, and '
                         'the same command resumes from it')
 
 

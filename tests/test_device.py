@@ -50,6 +50,12 @@ def test_torchruns_processes_take_one_gpu_each(two_gpus, monkeypatch):
     assert find_place().device.index == find_place('cuda').device.index == two_gpus.current == 1
 
 
+def test_one_gpu_is_not_for_several_processes(two_gpus, monkeypatch):
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')
+    with pytest.raises(UserError, match='cuda:1 is one device for several processes; give --device cuda'):
+        find_place('cuda:1')
+
+
 @pytest.mark.parametrize('asked', ['cuda:2', 'cuda:x', 'gpu', 'cuda:-1'])
 def test_a_device_that_is_not_there_is_one_sentence(two_gpus, asked):
     with pytest.raises(UserError, match=f"--device {asked} can't be used here: ") as e:

@@ -102,6 +102,8 @@ def test_a_step_that_is_not_finite_in_one_process_is_left_out_in_all(two_process
     """Weights, optimizers, discriminator, averages and the sums for the log, in each of two processes."""
     for rank in range(2):
         skipped, left_out = two_processes('skip', rank)
-        assert (skipped.pop('count'), skipped.pop('skipped'), left_out.pop('count'), left_out.pop('skipped')) == (4, 1, 3, 0)
+        assert [skipped.pop(name) for name in ('count', 'skipped', 'broken_step')] == [4, 1, 2] and skipped.pop('broken').any()
+        assert [left_out.pop(name) for name in ('count', 'skipped', 'broken_step')] == [3, 0, 0]
+        assert not left_out.pop('broken').any()
         assert same(skipped, left_out)
         assert all(value.isfinite().all() for value in skipped['model'].values())

@@ -56,7 +56,7 @@ def same(a, b):
 # ------------------------------------------------------------------------------------------------------------ resume
 
 @pytest.mark.parametrize('extra', [['--gan_adaptive', '0'], ['--gan_start', '3', '--grad_accum', '2']])
-def test_resume_is_bit_exact(tmp_path, monkeypatch, extra):
+def test_resume_is_bit_exact(tmp_path, monkeypatch, capsys, extra):
     """20 + 20 steps are 40, whatever is cut: the log's averages too, of which one spans the cut and a skipped step."""
     spoil(monkeypatch, lambda step: step == 18)
     options = TINY + ['--steps', '40', '--log_interval', '8', '--sample_interval', '0'] + extra
@@ -72,6 +72,8 @@ def test_resume_is_bit_exact(tmp_path, monkeypatch, extra):
     assert read_log(tmp_path / 'once') == read_log(tmp_path / 'twice')
     assert [row['step'] for row in read_log(tmp_path / 'once')] == ['8', '16', '24', '32', '40']
     assert [row['skipped'] for row in read_log(tmp_path / 'twice')] == ['0', '0', '1', '0', '0']
+    said = [line for line in capsys.readouterr().out.splitlines() if 'infinite or NaN at step 18: skipped 1 of 8 st' in line]
+    assert len(said) == 2 and said[0] == said[1] and 'nll' in said[0]
 
 
 def test_resume_refuses_a_new_kind_of_run_from_an_old_checkpoint(tmp_path):
