@@ -15,20 +15,24 @@ import argparse
 import collections
 import colorsys
 import contextlib
+import dataclasses
 import functools
 import gzip
 import hashlib
 import http.client
 import io
 import json
+import math
 import os
 import pathlib
+import pickle
 import posixpath
 import shutil
 import signal
 import struct
 import sys
 import tarfile
+import typing
 import urllib.request
 import uuid
 import zipfile
@@ -45,100 +49,14 @@ CACHE = os.path.join(torch.hub.get_dir(), 'simflow')
 IMAGE_ENDINGS = set('.jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm '
                     '.jp2 .avif .tga'.split())
 SPLITS = {'train', 'training', 'val', 'valid', 'validation', 'test', 'testing'}
+METHODS = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
 # Pillow refuses twice as many pixels as this. Its own limit guards servers against uploads; in a training set
 # a huge image is a scan or a satellite's, and only what would hardly fit in memory is taken for damage.
 Image.MAX_IMAGE_PIXELS = 2 ** 29
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 26     # colour profiles, notes
 
 
-# ----------------------------------------------------------------------------------- command lines, downloads
-
-class UserError(Exception):
-    """One sentence: what was wrong, and what to do."""
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence, without the page of usage."""
-
-    def error(self, message):
-        raise UserError(f'{message}; --help lists the options')
-
-
-def cli(main):
-    """Run main(arguments) as a program: mistakes, files that can't be read or written, and Ctrl-C end in one
-    sentence, not in a traceback."""
-    sys.stdout, sys.stderr = [stream or open(os.devnull, 'w') for stream in (sys.stdout, sys.stderr)]
-    for stream in (sys.stdout, sys.stderr):                        # names may have letters that the
-        if isinstance(stream, io.TextIOWrapper):                   # terminal lacks
-            stream.reconfigure(errors='backslashreplace')
-    try:
-        main(sys.argv[1:])
-        sys.stdout.flush()
-        return
-    except UserError as e:
-        sentence, code = f'error: {e}', 2
-    except KeyboardInterrupt:
-        sentence, code = '\ninterrupted; the same command resumes from what is saved', 130
-    except BrokenPipeError:                                        # the reader left, as in `... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except OSError as e:
-        what = f'{e.filename}: {e.strerror}' if e.filename else e.strerror or e
-        sentence, code = f'error: {what}; name one that can be read, or written, and has room', 2
-    except RuntimeError as e:
-        if 'DataLoader worker (pid' not in str(e):
-            raise
-        sentence, code = 'error: a data loading process died, maybe out of memory; try fewer --workers', 2
-    print(sentence, file=sys.stderr)
-    sys.exit(code)
-
-
-def hexdigest(path, kind):
-    """Of a file. kind: md5 or sha256"""
-    return hashlib.new(kind, pathlib.Path(path).read_bytes()).hexdigest()
-
-
-@contextlib.contextmanager
-def whole(path):
-    """-> name of a temporary file to write, which then becomes `path`; a failure leaves neither."""
-    temporary = f'{path}.{uuid.uuid4().hex}.tmp'
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
-
-
-def fetch(url, path, digest, hint='try again, or download it by hand to that place'):
-    """Download `url` to `path`, unless it is there -> path. digest: 'md5:...' or 'sha256:...' or their start.
-    UserError if it can't be had whole. Several processes may do this at once: each writes its own file, and
-    the last rename wins."""
-    kind, expected = digest.split(':')
-    if path.startswith('~'):
-        raise UserError(f'there is no home directory to download {url} to; set HOME or TORCH_HOME')
-    try:
-        if os.path.isfile(path) and hexdigest(path, kind).startswith(expected):
-            return path
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        with whole(path) as temporary:
-            download_to(temporary, url, os.path.basename(path))
-            came = hexdigest(temporary, kind)
-            if not came.startswith(expected):
-                raise ValueError(f'its {kind} is {came[:16]}, not {expected[:16]}')
-        return path
-    except (OSError, ValueError, http.client.HTTPException) as e:
-        raise UserError(f'{url} could not be downloaded to {path} ({e}); {hint}')
-
-
-def download_to(path, url, name):
-    with urllib.request.urlopen(url, timeout=60) as response, open(path, 'wb') as f:
-        total = int(response.headers.get('Content-Length', 0)) or None
-        with tqdm.wrapattr(response, 'read', total, desc=name, disable=None) as body:
-            shutil.copyfileobj(body, f)
-
-
-# -------------------------------------------------------------------------------------------------- one image
+# ---------------------------------------------------------------------------------------- one image
 
 class Unreadable(Exception):
     """An image that can't be read or decoded."""
@@ -172,7 +90,7 @@ def crop(image, size):
     return np.array(image.crop((left, top, left + size, top + size)))
 
 
-# ------------------------------------------------------------------------------------------- folders and zips
+# --------------------------------------------------------------------------------- folders and zips
 
 class Data:
     """Images with labels. Picklable, so that it can travel to loading processes.
@@ -220,15 +138,6 @@ def refuse_folder(error):
                     'move it away')
 
 
-def skip_header(f, offset):
-    """Go to the content of a zip's entry: after the header at offset, the entry's name and extras."""
-    f.seek(offset + 26)
-    f.seek(sum(struct.unpack('<HH', f.read(4))), os.SEEK_CUR)
-
-
-METHODS = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
-
-
 class Zip:
     """The same of a zip. It notes where each file lies and opens the zip anew for each read, which costs
     microseconds; a ZipFile can't be pickled, nor shared by processes, and ImageNet's takes a gigabyte."""
@@ -254,6 +163,12 @@ class Zip:
             skip_header(f, offset)
             raw = f.read(size)
         return zlib.decompressobj(-15).decompress(raw) if method == zipfile.ZIP_DEFLATED else raw
+
+
+def skip_header(f, offset):
+    """Go to the content of a zip's entry: after the header at offset, the entry's name and extras."""
+    f.seek(offset + 26)
+    f.seek(sum(struct.unpack('<HH', f.read(4))), os.SEEK_CUR)
 
 
 class Files(Data):
@@ -290,35 +205,6 @@ class Files(Data):
             raise Unreadable(f'{self.name(i)}: {e}')
 
 
-def is_hidden(name):
-    """By its name: hidden files, what Macs add to zips, and the thumbnails of some servers"""
-    return '/.' in '/' + name or name.startswith('__MACOSX/') or '/@eaDir/' in '/' + name
-
-
-def is_image(name):
-    return posixpath.splitext(name)[1].lower() in IMAGE_ENDINGS and not is_hidden(name)
-
-
-def number_or_name(name):
-    """Sort key for classes: numbers as numbers, 2 before 10, then names"""
-    return (0, int(name), name) if name.isdecimal() else (1, 0, name)
-
-
-def notes_on(others, root, kinds):
-    """Names of files that are no images, the folder around everything, the class of each image ->
-    sentences about what was left out"""
-    others = [name[len(root):] for name in others if name.startswith(root) and not is_hidden(name)]
-    endings = collections.Counter(posixpath.splitext(name)[1] or 'without an ending' for name in sorted(others))
-    empty = {name.split('/')[0] for name in others if '/' in name} - set(kinds) - {''}
-    notes = []
-    if others:
-        counts = ', '.join(f'{n} {ending}' for ending, n in endings.most_common(9))
-        notes.append(f'files ignored, as their names are not those of images: {counts}')
-    if empty and set(kinds) != {''}:
-        notes.append(f'folders ignored, as they hold no images: {", ".join(sorted(empty)[:10])}')
-    return notes
-
-
 def folder_kinds(names, path):
     """-> the class of each name: its first folder, or '' where no name has one"""
     kinds = [name.split('/')[0] if '/' in name else '' for name in names]
@@ -347,7 +233,202 @@ def table_kinds(names, path, text):
                         'all images there, or {"labels": null} for data without classes')
 
 
-# ------------------------------------------------------------------------------------ CIFAR-10, Fashion-MNIST
+def is_image(name):
+    return posixpath.splitext(name)[1].lower() in IMAGE_ENDINGS and not is_hidden(name)
+
+
+def is_hidden(name):
+    """By its name: hidden files, what Macs add to zips, and the thumbnails of some servers"""
+    return '/.' in '/' + name or name.startswith('__MACOSX/') or '/@eaDir/' in '/' + name
+
+
+def number_or_name(name):
+    """Sort key for classes: numbers as numbers, 2 before 10, then names"""
+    return (0, int(name), name) if name.isdecimal() else (1, 0, name)
+
+
+def notes_on(others, root, kinds):
+    """Names of files that are no images, the folder around everything, the class of each image ->
+    sentences about what was left out"""
+    others = [name[len(root):] for name in others if name.startswith(root) and not is_hidden(name)]
+    endings = collections.Counter(posixpath.splitext(name)[1] or 'without an ending' for name in sorted(others))
+    empty = {name.split('/')[0] for name in others if '/' in name} - set(kinds) - {''}
+    notes = []
+    if others:
+        counts = ', '.join(f'{n} {ending}' for ending, n in endings.most_common(9))
+        notes.append(f'files ignored, as their names are not those of images: {counts}')
+    if empty and set(kinds) != {''}:
+        notes.append(f'folders ignored, as they hold no images: {", ".join(sorted(empty)[:10])}')
+    return notes
+
+
+def open_data(name):
+    """-> Data. name: one of BUILT_IN, or a folder or a zip of images. UserError for what is neither."""
+    if name in BUILT_IN:
+        data = BUILT_IN[name]()
+        if os.path.exists(name):
+            data.notes.append(f'{name} is the data set of this name; the {name} that lies here is ./{name}')
+        return data
+    if not os.path.exists(name):
+        raise UserError(f'there is no {name}; give a folder or a zip of images, or {" or ".join(BUILT_IN)}')
+    try:
+        return Files(Folder(name) if os.path.isdir(name) else Zip(name))
+    except zipfile.BadZipFile:
+        raise UserError(f'{name} is neither a folder nor an intact zip; give one that has images in it')
+    except OSError as e:
+        raise UserError(f'{name} could not be read ({e.strerror}); give a folder or a zip that can')
+
+
+# ------------------------------------------------------------------------------------------ batches
+
+def batches(data, image_size, batch_size, seed, flip, start, steps, rank=0, world=1, workers=0, pin=False):
+    """Yield images (b, 3, H, W) uint8, labels (b,) int64 and the number of images replaced, for the steps
+    from `start` to `steps` - 1. b = batch_size / world, a whole number. Each epoch is one permutation; they
+    follow each other without a gap, so a batch may span several. UserError if over 1% can't be read."""
+    dataset = Steps(data, image_size, batch_size, seed, flip, rank, world)
+    names, count, seen = [], 0, 0
+    try:
+        for images, labels, broken in load(dataset, range(start, steps), workers, pin):
+            names, count = (names + broken)[:3], count + len(broken)
+            seen += len(labels) + len(broken)
+            if count > 5:                                          # a few in the first batches prove nothing
+                refuse_damage(names, count, seen)
+            images = torch.from_numpy(images)
+            images = images.pin_memory() if pin else images        # copied to a GPU in the background
+            yield images.permute(0, 3, 1, 2), torch.from_numpy(labels), len(broken)
+    except Unreadable:
+        raise UserError('a hundred images on end are unreadable; is the disk with them still there?')
+
+
+def load(dataset, order, workers, pin=False):
+    """Iterate over dataset[i] for i in `order`, made by so many processes a little ahead (0: by this one).
+
+    What they make must be no tensors: torch passes those through shared memory, of which Docker
+    gives 64 MB, and waits for ever when that is full. All else goes through a pipe. Processes are
+    forked where that is usual, as those of forkserver (Python 3.14) outlive a killed parent. With
+    `pin` a thread empties the pipe, so that who feeds a GPU need not wait for that.
+    """
+    fork = 'fork' if workers and sys.platform == 'linux' else None
+    loader = DataLoader(dataset, batch_size=None, sampler=order, num_workers=workers, pin_memory=pin,
+                        collate_fn=as_it_is, worker_init_fn=leave_group, multiprocessing_context=fork)
+    if not hasattr(signal, 'pthread_sigmask'):                     # Windows
+        return iter(loader)
+    # A Ctrl-C that comes now waits until all have started: it is for this process, not for them.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def as_it_is(item):
+    return item
+
+
+def leave_group(worker):
+    """Ctrl-C and a scheduler's SIGTERM reach all processes of a group; the main one alone is to answer. It
+    ends its workers by SIGTERM itself, so they must not ignore that."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, 'setsid'):
+        os.setsid()
+
+
+class Steps(Dataset):
+    """Step by step, this rank's share of the global batch: images (b, H, W, 3) uint8, labels (b,) int64, and
+    the names of unreadable images that were replaced. Depends on nothing but the arguments."""
+
+    def __init__(self, data, image_size, batch_size, seed, flip, rank, world):
+        self.data, self.image_size, self.seed, self.flip = data, image_size, seed, flip
+        self.batch_size, b = batch_size, batch_size // world
+        self.slots = range(rank * b, (rank + 1) * b)
+
+    def __getitem__(self, step):
+        mirror = np.random.default_rng((self.seed, 1, step)).random(self.batch_size) < 0.5 * self.flip
+        pixels, labels, broken = [], [], []
+        for slot in self.slots:
+            i, image = self.find(step, slot, broken)
+            pixels.append(image[:, ::-1] if mirror[slot] else image)
+            labels.append(self.data.labels[i])
+        return np.stack(pixels), np.array(labels), broken
+
+    def find(self, step, slot, broken):
+        """-> index, pixels (H, W, 3). Unreadable images are noted in `broken` and replaced by random ones."""
+        n = len(self.data)
+        epoch, place = divmod(step * self.batch_size + slot, n)
+        i = permutation(self.seed, epoch, n)[place]
+        for attempt in range(100):
+            with contextlib.suppress(Unreadable):
+                return i, crop(self.data.load(i), self.image_size)
+            broken.append(self.data.name(i))
+            i = np.random.default_rng((self.seed, 2, step, slot, attempt)).integers(n)
+        raise Unreadable
+
+
+@functools.lru_cache(maxsize=2)                                    # a step may lie in two epochs
+def permutation(seed, epoch, n):
+    return np.random.default_rng((seed, 0, epoch)).permutation(n)
+
+
+def refuse_damage(names, count, seen):
+    """UserError if more than 1% of the images seen are unreadable. names: of some, count: of how many"""
+    if count > 0.01 * seen:
+        raise UserError(f'{count} of {seen} images are unreadable, such as {", ".join(names[:3])}; '
+                        'repair or remove them')
+
+
+# ------------------------------------------------------------------------------------------ packing
+
+def pack(data, path, size, workers):
+    """Write `data`, cropped, to a zip of PNGs called class/number.png -> names of the unreadable, left out.
+    What can't be finished leaves nothing behind."""
+    broken, pngs = [], load(Pngs(data, size), range(len(data)), workers)
+    with whole(path) as temporary, zipfile.ZipFile(temporary, 'w') as z:
+        for i, png in tqdm(pngs, 'packing', len(data), unit=' images', disable=None):
+            if png is None:
+                broken.append(data.name(i))
+                continue
+            folder = data.class_names[data.labels[i]] + '/' if data.class_names else ''
+            z.writestr(zipfile.ZipInfo(f'{folder}{i:08d}.png'), png)
+    return broken
+
+
+class Pngs(Dataset):
+    """(i, image i cropped to `size` as the bytes of a PNG), or (i, None) if it is unreadable"""
+
+    def __init__(self, data, size):
+        self.data, self.size = data, size
+
+    def __getitem__(self, i):
+        png = io.BytesIO()
+        try:
+            image = Image.fromarray(crop(self.data.load(i), self.size))
+        except Unreadable:
+            return i, None
+        image.save(png, 'png', compress_level=1)               # hardly larger than default, much faster
+        return i, png.getvalue()
+
+
+def main(argv):
+    parser = Parser(description='Crop and resize a data set once, for all runs, and pack it to a zip.')
+    parser.add_argument('src', help=f'folder or zip of images, or {", ".join(BUILT_IN)}')
+    parser.add_argument('dst', help='zip to write')
+    parser.add_argument('--size', type=int, default=256, help='pixels a side (default: %(default)s)')
+    parser.add_argument('--workers', type=int, default=os.cpu_count(),
+                        help='processes (default: %(default)s)')
+    args = parser.parse_args(argv)
+    if args.size < 1 or args.workers < 0:
+        raise UserError('--size must be positive and --workers must not be negative')
+    if os.path.exists(args.dst):
+        raise UserError(f'{args.dst} exists already; remove it, or give another name')
+    data = open_data(args.src)
+    print(*data.notes, sep='\n', end='\n' * bool(data.notes))
+    broken = pack(data, args.dst, args.size, args.workers)
+    print(f'{args.dst}: {len(data) - len(broken)} images in {len(data.class_names)} classes')
+    if broken:
+        print('unreadable and left out:', *broken, sep='\n  ')
+
+
+# ------------------------------------------------------------------------------------ built-in data
 
 class Arrays(Data):
     """All images in memory: (N, H, W) or (N, H, W, 3) uint8."""
@@ -393,8 +474,6 @@ def fashion_mnist():
     names = 't-shirt trouser pullover dress coat sandal shirt sneaker bag ankle-boot'
     return Arrays(names.split(), labels[8:], images)
 
-
-# ----------------------------------------------------------------------------------------------------- shapes
 
 def angles(n=90):
     return np.arange(n) * 2 * np.pi / n
@@ -468,175 +547,174 @@ class Shapes(Data):
         return image
 
 
-# --------------------------------------------------------------------------------------------------- opening
-
 BUILT_IN = {'shapes': Shapes, 'cifar10': cifar10, 'fashion_mnist': fashion_mnist}
 
 
-def open_data(name):
-    """-> Data. name: one of BUILT_IN, or a folder or a zip of images. UserError for what is neither."""
-    if name in BUILT_IN:
-        data = BUILT_IN[name]()
-        if os.path.exists(name):
-            data.notes.append(f'{name} is the data set of this name; the {name} that lies here is ./{name}')
-        return data
-    if not os.path.exists(name):
-        raise UserError(f'there is no {name}; give a folder or a zip of images, or {" or ".join(BUILT_IN)}')
+# ------------------------------------------------------------------------- what every program needs
+
+class UserError(Exception):
+    """One sentence: what was wrong, and what to do."""
+
+
+def cli(main):
+    """Run main(arguments) as a program: mistakes, files that can't be read or written, and Ctrl-C end in one
+    sentence, not in a traceback."""
+    sys.stdout, sys.stderr = [stream or open(os.devnull, 'w') for stream in (sys.stdout, sys.stderr)]
+    for stream in (sys.stdout, sys.stderr):                        # names may have letters that the
+        if isinstance(stream, io.TextIOWrapper):                   # terminal lacks
+            stream.reconfigure(errors='backslashreplace')
     try:
-        return Files(Folder(name) if os.path.isdir(name) else Zip(name))
-    except zipfile.BadZipFile:
-        raise UserError(f'{name} is neither a folder nor an intact zip; give one that has images in it')
+        main(sys.argv[1:])
+        sys.stdout.flush()
+        return
+    except UserError as e:
+        sentence, code = f'error: {e}', 2
+    except KeyboardInterrupt:
+        sentence, code = '\ninterrupted; the same command resumes from what is saved', 130
+    except BrokenPipeError:                                        # the reader left, as in `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as e:
-        raise UserError(f'{name} could not be read ({e.strerror}); give a folder or a zip that can')
+        what = f'{e.filename}: {e.strerror}' if e.filename else e.strerror or e
+        sentence, code = f'error: {what}; name one that can be read, or written, and has room', 2
+    except RuntimeError as e:
+        if 'DataLoader worker (pid' not in str(e):
+            raise
+        sentence, code = 'error: a data loading process died, maybe out of memory; try fewer --workers', 2
+    print(sentence, file=sys.stderr)
+    sys.exit(code)
 
 
-def refuse_damage(names, count, seen):
-    """UserError if more than 1% of the images seen are unreadable. names: of some, count: of how many"""
-    if count > 0.01 * seen:
-        raise UserError(f'{count} of {seen} images are unreadable, such as {", ".join(names[:3])}; '
-                        'repair or remove them')
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence, without the page of usage."""
+
+    def error(self, message):
+        raise UserError(f'{message}; --help lists the options')
 
 
-# ---------------------------------------------------------------------------------------------------- batches
-
-@functools.lru_cache(maxsize=2)                                    # a step may lie in two epochs
-def permutation(seed, epoch, n):
-    return np.random.default_rng((seed, 0, epoch)).permutation(n)
-
-
-class Steps(Dataset):
-    """Step by step, this rank's share of the global batch: images (b, H, W, 3) uint8, labels (b,) int64, and
-    the names of unreadable images that were replaced. Depends on nothing but the arguments."""
-
-    def __init__(self, data, image_size, batch_size, seed, flip, rank, world):
-        self.data, self.image_size, self.seed, self.flip = data, image_size, seed, flip
-        self.batch_size, b = batch_size, batch_size // world
-        self.slots = range(rank * b, (rank + 1) * b)
-
-    def __getitem__(self, step):
-        mirror = np.random.default_rng((self.seed, 1, step)).random(self.batch_size) < 0.5 * self.flip
-        pixels, labels, broken = [], [], []
-        for slot in self.slots:
-            i, image = self.find(step, slot, broken)
-            pixels.append(image[:, ::-1] if mirror[slot] else image)
-            labels.append(self.data.labels[i])
-        return np.stack(pixels), np.array(labels), broken
-
-    def find(self, step, slot, broken):
-        """-> index, pixels (H, W, 3). Unreadable images are noted in `broken` and replaced by random ones."""
-        n = len(self.data)
-        epoch, place = divmod(step * self.batch_size + slot, n)
-        i = permutation(self.seed, epoch, n)[place]
-        for attempt in range(100):
-            with contextlib.suppress(Unreadable):
-                return i, crop(self.data.load(i), self.image_size)
-            broken.append(self.data.name(i))
-            i = np.random.default_rng((self.seed, 2, step, slot, attempt)).integers(n)
-        raise Unreadable
+def option(default, help, **how):
+    """A dataclass's field that is an option. how: also=['--n'], other names; bare=True, the
+    value may stand alone on the command line."""
+    return dataclasses.field(default=default, metadata={'help': help} | how)
 
 
-def leave_group(worker):
-    """Ctrl-C and a scheduler's SIGTERM reach all processes of a group; the main one alone is to answer. It
-    ends its workers by SIGTERM itself, so they must not ignore that."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(os, 'setsid'):
-        os.setsid()
+def parse_options(cls, argv, description, presets={}):
+    """Command line -> an instance of dataclass `cls`. Each field is an option, --name value;
+    `presets` is a table of rows of defaults, chosen by the option --model. Raises UserError for
+    whatever it does not understand."""
+    parser = Parser(description=description, allow_abbrev=False)
+    for f in dataclasses.fields(cls):
+        many = typing.get_origin(f.type) is list
+        kind = typing.get_args(f.type)[0] if many else f.type
+        default = '' if f.default in ('', None, ()) else ' (default: %(default)s)'
+        names = ['--' + f.name, *f.metadata.get('also', [])]
+        parser.add_argument(*names, default=f.default, help=f.metadata['help'] + default,
+                            metavar='', type=PARSERS.get(kind, kind), nargs='+' if many else None,
+                            choices=presets if f.name == 'model' and presets else None)
+        if 'bare' in f.metadata:
+            parser.add_argument(f.name, nargs='?', default=argparse.SUPPRESS, help='as --' + f.name)
+    if presets:
+        chosen = parser.parse_known_args([a for a in argv if a not in ('-h', '--help')])[0]
+        parser.set_defaults(**presets[chosen.model])
+        if any(a.split('=')[0] == '--epochs' for a in argv):       # asked for: a preset's steps
+            parser.set_defaults(steps=0)                           # must not win
+    return cls(**vars(parser.parse_intermixed_args(argv)))
 
 
-def as_it_is(item):
-    return item
+def parse_zero_or_one(text):
+    if text not in ('0', '1'):
+        raise argparse.ArgumentTypeError(f"'{text}' must be 0 or 1")
+    return text == '1'
 
 
-def load(dataset, order, workers, pin=False):
-    """Iterate over dataset[i] for i in `order`, made by so many processes a little ahead (0: by this one).
-
-    What they make must be no tensors: torch passes those through shared memory, of which Docker
-    gives 64 MB, and waits for ever when that is full. All else goes through a pipe. Processes are
-    forked where that is usual, as those of forkserver (Python 3.14) outlive a killed parent. With
-    `pin` a thread empties the pipe, so that who feeds a GPU need not wait for that.
-    """
-    fork = 'fork' if workers and sys.platform == 'linux' else None
-    loader = DataLoader(dataset, batch_size=None, sampler=order, num_workers=workers, pin_memory=pin,
-                        collate_fn=as_it_is, worker_init_fn=leave_group, multiprocessing_context=fork)
-    if not hasattr(signal, 'pthread_sigmask'):                     # Windows
-        return iter(loader)
-    # A Ctrl-C that comes now waits until all have started: it is for this process, not for them.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+def parse_ints(text):
     try:
-        return iter(loader)
+        return tuple(int(part) for part in text.split(',') if text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"'{text}' must be integers with commas between, such as 2,2,6")
+
+
+def parse_int(text):
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' must be an integer")
+    if abs(number) >= 2 ** 63:
+        raise argparse.ArgumentTypeError(f'{text} is too large; the largest is {2 ** 63 - 1}')
+    return number
+
+
+def parse_number(text):
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"'{text}' must be a finite number")
+    return number
+
+
+PARSERS = {bool: parse_zero_or_one, bool | None: parse_zero_or_one, tuple[int, ...]: parse_ints,
+           int: parse_int, float: parse_number}
+
+
+def refuse_negative(options):
+    """UserError if a number among the options, or in a list of numbers, is negative."""
+    for name, value in vars(options).items():
+        for number in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(number, (int, float)) and number < 0:
+                raise UserError(f'--{name} must not be negative, but is {number}')
+
+
+# What torch.load, or a look inside, raises on files that are not what they should be.
+DAMAGED = (OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, struct.error,
+           pickle.UnpicklingError)
+
+
+@contextlib.contextmanager
+def whole(path):
+    """-> name of a temporary file to write, which then becomes `path`; a failure leaves neither."""
+    temporary = f'{path}.{uuid.uuid4().hex}.tmp'
+    try:
+        yield temporary
+        os.replace(temporary, path)
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
 
 
-def batches(data, image_size, batch_size, seed, flip, start, steps, rank=0, world=1, workers=0, pin=False):
-    """Yield images (b, 3, H, W) uint8, labels (b,) int64 and the number of images replaced, for the steps
-    from `start` to `steps` - 1. b = batch_size / world, a whole number. Each epoch is one permutation; they
-    follow each other without a gap, so a batch may span several. UserError if over 1% can't be read."""
-    dataset = Steps(data, image_size, batch_size, seed, flip, rank, world)
-    names, count, seen = [], 0, 0
+def fetch(url, path, digest, hint='try again, or download it by hand to that place'):
+    """Download `url` to `path`, unless it is there -> path. digest: 'md5:...' or 'sha256:...' or their start.
+    UserError if it can't be had whole. Several processes may do this at once: each writes its own file, and
+    the last rename wins."""
+    kind, expected = digest.split(':')
+    if path.startswith('~'):
+        raise UserError(f'there is no home directory to download {url} to; set HOME or TORCH_HOME')
     try:
-        for images, labels, broken in load(dataset, range(start, steps), workers, pin):
-            names, count = (names + broken)[:3], count + len(broken)
-            seen += len(labels) + len(broken)
-            if count > 5:                                          # a few in the first batches prove nothing
-                refuse_damage(names, count, seen)
-            images = torch.from_numpy(images)
-            images = images.pin_memory() if pin else images        # copied to a GPU in the background
-            yield images.permute(0, 3, 1, 2), torch.from_numpy(labels), len(broken)
-    except Unreadable:
-        raise UserError('a hundred images on end are unreadable; is the disk with them still there?')
+        if os.path.isfile(path) and hexdigest(path, kind).startswith(expected):
+            return path
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        with whole(path) as temporary:
+            download_to(temporary, url, os.path.basename(path))
+            came = hexdigest(temporary, kind)
+            if not came.startswith(expected):
+                raise ValueError(f'its {kind} is {came[:16]}, not {expected[:16]}')
+        return path
+    except (OSError, ValueError, http.client.HTTPException) as e:
+        raise UserError(f'{url} could not be downloaded to {path} ({e}); {hint}')
 
 
-# ---------------------------------------------------------------------------------------------------- packing
-
-class Pngs(Dataset):
-    """(i, image i cropped to `size` as the bytes of a PNG), or (i, None) if it is unreadable"""
-
-    def __init__(self, data, size):
-        self.data, self.size = data, size
-
-    def __getitem__(self, i):
-        png = io.BytesIO()
-        try:
-            image = Image.fromarray(crop(self.data.load(i), self.size))
-        except Unreadable:
-            return i, None
-        image.save(png, 'png', compress_level=1)               # hardly larger than default, much faster
-        return i, png.getvalue()
+def download_to(path, url, name):
+    with urllib.request.urlopen(url, timeout=60) as response, open(path, 'wb') as f:
+        total = int(response.headers.get('Content-Length', 0)) or None
+        with tqdm.wrapattr(response, 'read', total, desc=name, disable=None) as body:
+            shutil.copyfileobj(body, f)
 
 
-def pack(data, path, size, workers):
-    """Write `data`, cropped, to a zip of PNGs called class/number.png -> names of the unreadable, left out.
-    What can't be finished leaves nothing behind."""
-    broken, pngs = [], load(Pngs(data, size), range(len(data)), workers)
-    with whole(path) as temporary, zipfile.ZipFile(temporary, 'w') as z:
-        for i, png in tqdm(pngs, 'packing', len(data), unit=' images', disable=None):
-            if png is None:
-                broken.append(data.name(i))
-                continue
-            folder = data.class_names[data.labels[i]] + '/' if data.class_names else ''
-            z.writestr(zipfile.ZipInfo(f'{folder}{i:08d}.png'), png)
-    return broken
-
-
-def main(argv):
-    parser = Parser(description='Crop and resize a data set once, for all runs, and pack it to a zip.')
-    parser.add_argument('src', help=f'folder or zip of images, or {", ".join(BUILT_IN)}')
-    parser.add_argument('dst', help='zip to write')
-    parser.add_argument('--size', type=int, default=256, help='pixels a side (default: %(default)s)')
-    parser.add_argument('--workers', type=int, default=os.cpu_count(),
-                        help='processes (default: %(default)s)')
-    args = parser.parse_args(argv)
-    if args.size < 1 or args.workers < 0:
-        raise UserError('--size must be positive and --workers must not be negative')
-    if os.path.exists(args.dst):
-        raise UserError(f'{args.dst} exists already; remove it, or give another name')
-    data = open_data(args.src)
-    print(*data.notes, sep='\n', end='\n' * bool(data.notes))
-    broken = pack(data, args.dst, args.size, args.workers)
-    print(f'{args.dst}: {len(data) - len(broken)} images in {len(data.class_names)} classes')
-    if broken:
-        print('unreadable and left out:', *broken, sep='\n  ')
+def hexdigest(path, kind):
+    """Of a file. kind: md5 or sha256"""
+    return hashlib.new(kind, pathlib.Path(path).read_bytes()).hexdigest()
 
 
 if __name__ == '__main__':

@@ -30,10 +30,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import (Arrays, Unreadable, UserError, cli, crop, fetch, hexdigest, open_data, refuse_damage,
-                  skip_header, whole)
-from model import (RECON, check_sampling, find_place, generator, grid, load_lpips, load_model,
-                   note_on_guidance, option, parse_options, refuse_negative, sample_images, to_uint8)
+from data import (Arrays, Unreadable, UserError, cli, crop, fetch, hexdigest, open_data, option,
+                  parse_options, refuse_damage, refuse_negative, skip_header, whole)
+from model import (RECON, check_sampling, find_place, generator, grid, load_model, note_on_guidance,
+                   sample_images, to_uint8)
+from vae import load_lpips
 
 WEIGHTS = ('https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/'
            'pt_inception-2015-12-05-6726825d.pth')

@@ -5,16 +5,13 @@
 
 Nothing is detached: the flow's gradient reaches the encoder through x.
 """
-import argparse
 import atexit
 import contextlib
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 import datetime
 import math
 import os
-import pickle
-import struct
 import sys
 import time
 import typing
@@ -30,18 +27,76 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import Parser, UserError, fetch
+from data import DAMAGED, UserError, fetch, option, refuse_negative
 from flow import GUIDANCE, Flow, SiT, VPFlow
 from vae import LearnedVAE, Pixels, VAE
 
 
+class SimFlow(nn.Module):
+    """Codec (a VAE in all but the pixel presets) and prior (a flow in all but one). classes: how
+    many, 0 for data without labels; as a class index it means "no class"."""
+
+    def __init__(self, config, classes):
+        super().__init__()
+        c = config
+        self.vae = CODECS[c.codec](c)
+        self.flow = PRIORS[c.prior](c.latent_dim, c.tokens, c.width, c.heads, c.layers, classes)
+        self.noise, self.guidance, self.denoise = NOISE[c.noise], c.guidance, c.denoise
+        if c.freeze:
+            {'encoder': self.vae.encoder, 'vae': self.vae}[c.freeze].requires_grad_(False)
+
+    def latents(self, image, noise):
+        """image (B, 3, H, W) in [-1, 1], noise (B, T, D) -> x = mu + sigma * noise, mu, both
+        (B, T, D); sigma, a number or (B, T, D)"""
+        mu, sigma = self.vae.encode(image)
+        return self.noise.add(mu, sigma, noise), mu, sigma
+
+    def rate(self, nll, sigma):
+        """nll (B,), sigma a number or (B, T, D) -> (B,) KL(q(x | image) || p(x)), nats a dimension,
+        from one draw of x; bits a dimension times log 2 for dequantised pixels"""
+        return nll - self.noise.entropy - log_sigma(sigma, nll)
+
+    def forward(self, image, y, noise):
+        """image (B, 3, H, W) in [-1, 1], y (B,), noise (B, T, D) -> recon (B, 3, H, W), nll (B,),
+        entropy (B,) of a learned sigma, mu (B, T, D)
+
+        nll is in nats per latent dimension, without the constant 0.5 log(2 pi). With a constant
+        sigma the entropy of q(x | image) is one, too, and no part of the loss (SimFlow A.3): 0.
+        """
+        x, mu, sigma = self.latents(image, noise)
+        nll = self.flow.nll(x, y)
+        return self.vae.decode(x), nll, learned_entropy(sigma, nll), mu
+
+    @torch.no_grad()
+    def generate(self, y, noise, cfg=0.0, gamma=0.0, guidance='', tol=0.0):
+        """y (B,), noise (B, T, D) -> images (B, 3, H, W) in [-1, 1]
+
+        cfg: w of guidance, a row of GUIDANCE, by default the preset's. gamma: SimFlow's score step
+        (Eq. 6). 0 turns either off. tol: of parallel decoding; 0 goes token by token.
+        """
+        x = self.flow.sample(noise, y, cfg, GUIDANCE[guidance or self.guidance], tol)
+        null = torch.full_like(y, self.flow.null_class)
+        steps = [(gamma, y), (-gamma, null)] if gamma else []
+        if self.denoise:
+            steps.append((self.vae.sigma ** 2, y))
+        if steps:
+            # An image's activations take about as much memory as the keys and values of 16.
+            x = self.flow.score_step(x, steps, micro_batch=max(1, len(x) // 16))
+        return self.vae.decode(x).clamp(-1, 1)
+
+
+def log_sigma(sigma, like):
+    """sigma, a number or (B, T, D) -> (B,) its mean logarithm; device and dtype like (B,)"""
+    sigma = torch.as_tensor(sigma).to(like)
+    return sigma.log().mean((1, 2)) if sigma.dim() else sigma.log().expand_as(like)
+
+
+def learned_entropy(sigma, like):
+    """(B,) what the entropy of q(x | image) adds to the loss: nothing where sigma is a number"""
+    return log_sigma(sigma, like) if torch.is_tensor(sigma) else torch.zeros_like(like)
+
+
 # ------------------------------------------------------------------------------------ configuration
-
-def option(default, help, **how):
-    """A dataclass's field that is an option. how: also=['--n'], other names; bare=True, the
-    value may stand alone on the command line."""
-    return field(default=default, metadata={'help': help} | how)
-
 
 @dataclass
 class Config:
@@ -194,7 +249,6 @@ class Config:
 POSITIVE = ('image_size latent_dim vae_width vae_patch width heads gan_width gan_layers batch_size '
             'grad_accum lr clip log_interval repa_block repa_layer repa_width').split()
 SHARES = 'class_drop constant ema beta2'.split()
-
 # A row is what differs from Config's defaults, which are XXL's (SimFlow Tables 8 and 9).
 # nano is for a CPU. Patches of 4 pixels make its VAE small, and 64 tokens of 16 channels are easier
 # to learn for it than 16 of 64. Without a perceptual loss the pixel error needs the larger weight.
@@ -243,76 +297,7 @@ PRESETS = {
 }
 
 
-def refuse_negative(options):
-    """UserError if a number among the options, or in a list of numbers, is negative."""
-    for name, value in vars(options).items():
-        for number in value if isinstance(value, (list, tuple)) else [value]:
-            if isinstance(number, (int, float)) and number < 0:
-                raise UserError(f'--{name} must not be negative, but is {number}')
-
-
-def parse_zero_or_one(text):
-    if text not in ('0', '1'):
-        raise argparse.ArgumentTypeError(f"'{text}' must be 0 or 1")
-    return text == '1'
-
-
-def parse_ints(text):
-    try:
-        return tuple(int(part) for part in text.split(',') if text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"'{text}' must be integers with commas between, such as 2,2,6")
-
-
-def parse_int(text):
-    try:
-        number = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}' must be an integer")
-    if abs(number) >= 2 ** 63:
-        raise argparse.ArgumentTypeError(f'{text} is too large; the largest is {2 ** 63 - 1}')
-    return number
-
-
-def parse_number(text):
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise argparse.ArgumentTypeError(f"'{text}' must be a finite number")
-    return number
-
-
-PARSERS = {bool: parse_zero_or_one, bool | None: parse_zero_or_one, tuple[int, ...]: parse_ints,
-           int: parse_int, float: parse_number}
-
-
-def parse_options(cls, argv, description, presets={}):
-    """Command line -> an instance of dataclass `cls`. Each field is an option, --name value;
-    `presets` is a table of rows of defaults, chosen by the option --model. Raises UserError for
-    whatever it does not understand."""
-    parser = Parser(description=description, allow_abbrev=False)
-    for f in dataclasses.fields(cls):
-        many = typing.get_origin(f.type) is list
-        kind = typing.get_args(f.type)[0] if many else f.type
-        default = '' if f.default in ('', None, ()) else ' (default: %(default)s)'
-        names = ['--' + f.name, *f.metadata.get('also', [])]
-        parser.add_argument(*names, default=f.default, help=f.metadata['help'] + default,
-                            metavar='', type=PARSERS.get(kind, kind), nargs='+' if many else None,
-                            choices=presets if f.name == 'model' and presets else None)
-        if 'bare' in f.metadata:
-            parser.add_argument(f.name, nargs='?', default=argparse.SUPPRESS, help='as --' + f.name)
-    if presets:
-        chosen = parser.parse_known_args([a for a in argv if a not in ('-h', '--help')])[0]
-        parser.set_defaults(**presets[chosen.model])
-        if any(a.split('=')[0] == '--epochs' for a in argv):       # asked for: a preset's steps
-            parser.set_defaults(steps=0)                           # must not win
-    return cls(**vars(parser.parse_intermixed_args(argv)))
-
-
-# ---------------------------------------------------------------------------------------- the model
+# ----------------------------------------------------------------------------------------- siblings
 
 def configured(vae):
     return lambda c: vae(c.vae_width, c.vae_mults, c.vae_patch, c.latent_dim, c.sigma,
@@ -345,101 +330,6 @@ NOISE = {
 }
 
 
-class SimFlow(nn.Module):
-    """Codec (a VAE in all but the pixel presets) and prior (a flow in all but one). classes: how
-    many, 0 for data without labels; as a class index it means "no class"."""
-
-    def __init__(self, config, classes):
-        super().__init__()
-        c = config
-        self.vae = CODECS[c.codec](c)
-        self.flow = PRIORS[c.prior](c.latent_dim, c.tokens, c.width, c.heads, c.layers, classes)
-        self.noise, self.guidance, self.denoise = NOISE[c.noise], c.guidance, c.denoise
-        if c.freeze:
-            {'encoder': self.vae.encoder, 'vae': self.vae}[c.freeze].requires_grad_(False)
-
-    def latents(self, image, noise):
-        """image (B, 3, H, W) in [-1, 1], noise (B, T, D) -> x = mu + sigma * noise, mu, both
-        (B, T, D); sigma, a number or (B, T, D)"""
-        mu, sigma = self.vae.encode(image)
-        return self.noise.add(mu, sigma, noise), mu, sigma
-
-    def rate(self, nll, sigma):
-        """nll (B,), sigma a number or (B, T, D) -> (B,) KL(q(x | image) || p(x)), nats a dimension,
-        from one draw of x; bits a dimension times log 2 for dequantised pixels"""
-        return nll - self.noise.entropy - log_sigma(sigma, nll)
-
-    def forward(self, image, y, noise):
-        """image (B, 3, H, W) in [-1, 1], y (B,), noise (B, T, D) -> recon (B, 3, H, W), nll (B,),
-        entropy (B,) of a learned sigma, mu (B, T, D)
-
-        nll is in nats per latent dimension, without the constant 0.5 log(2 pi). With a constant
-        sigma the entropy of q(x | image) is one, too, and no part of the loss (SimFlow A.3): 0.
-        """
-        x, mu, sigma = self.latents(image, noise)
-        nll = self.flow.nll(x, y)
-        return self.vae.decode(x), nll, learned_entropy(sigma, nll), mu
-
-    @torch.no_grad()
-    def generate(self, y, noise, cfg=0.0, gamma=0.0, guidance='', tol=0.0):
-        """y (B,), noise (B, T, D) -> images (B, 3, H, W) in [-1, 1]
-
-        cfg: w of guidance, a row of GUIDANCE, by default the preset's. gamma: SimFlow's score step
-        (Eq. 6). 0 turns either off. tol: of parallel decoding; 0 goes token by token.
-        """
-        x = self.flow.sample(noise, y, cfg, GUIDANCE[guidance or self.guidance], tol)
-        null = torch.full_like(y, self.flow.null_class)
-        steps = [(gamma, y), (-gamma, null)] if gamma else []
-        if self.denoise:
-            steps.append((self.vae.sigma ** 2, y))
-        if steps:
-            # An image's activations take about as much memory as the keys and values of 16.
-            x = self.flow.score_step(x, steps, micro_batch=max(1, len(x) // 16))
-        return self.vae.decode(x).clamp(-1, 1)
-
-
-def log_sigma(sigma, like):
-    """sigma, a number or (B, T, D) -> (B,) its mean logarithm; device and dtype like (B,)"""
-    sigma = torch.as_tensor(sigma).to(like)
-    return sigma.log().mean((1, 2)) if sigma.dim() else sigma.log().expand_as(like)
-
-
-def learned_entropy(sigma, like):
-    """(B,) what the entropy of q(x | image) adds to the loss: nothing where sigma is a number"""
-    return log_sigma(sigma, like) if torch.is_tensor(sigma) else torch.zeros_like(like)
-
-
-# ------------------------------------------------------------------------------------ alignment
-
-def generative_pass(flow, inputs, z, y, block):
-    """The way back from z to the input of a block (counted from 1), teacher-forced so that all
-    tokens go at once: block t inverts with mu and log_scale of its detached input going forward,
-
-        z_(t-1) = mu_t(sg x_(t-1)) + exp(log_scale_t(sg x_(t-1))) z_t,    starting from sg(z).
-
-    Equal to that input, but a function of the weights of this block and the deeper ones.
-    """
-    z = z.detach()
-    for b, x in reversed(list(zip(flow.blocks, inputs))[block - 1:]):
-        mu, log_scale = b.shifted(b.order(x.detach()), y)
-        z = b.order(mu + torch.exp(log_scale) * b.order(z))
-    return z
-
-
-# The input of the aligned block, (B, T, D), with different pasts:
-#     forward           the image's encoder and the blocks before (REPA-E, Leng et al. 2025,
-#                       arXiv:2504.10483): their weights get gradients, too
-#     reverse           none (R-REPA, Chen et al. 2025, as printed): the layers before the features
-#                       in the block itself get all the gradient
-#     reverse_through   the generative pass: so do all weights of this and the deeper blocks
-ALIGN = {
-    '': None,
-    'forward': lambda flow, inputs, z, y, block: inputs[block - 1],
-    'reverse': lambda flow, inputs, z, y, block: inputs[block - 1].detach(),
-    'reverse_through': generative_pass,
-}
-
-
 class Aligned(SimFlow):
     """SimFlow whose flow is to see what a teacher sees: `forward` also returns a hidden state,
     mapped by a trainable MLP into the teacher's space of `features` channels."""
@@ -469,11 +359,38 @@ def alignment(projected, features):
     return -F.cosine_similarity(projected.float(), features.float(), dim=-1).mean()
 
 
+def generative_pass(flow, inputs, z, y, block):
+    """The way back from z to the input of a block (counted from 1), teacher-forced so that all
+    tokens go at once: block t inverts with mu and log_scale of its detached input going forward,
+
+        z_(t-1) = mu_t(sg x_(t-1)) + exp(log_scale_t(sg x_(t-1))) z_t,    starting from sg(z).
+
+    Equal to that input, but a function of the weights of this block and the deeper ones.
+    """
+    z = z.detach()
+    for b, x in reversed(list(zip(flow.blocks, inputs))[block - 1:]):
+        mu, log_scale = b.shifted(b.order(x.detach()), y)
+        z = b.order(mu + torch.exp(log_scale) * b.order(z))
+    return z
+
+
+# The input of the aligned block, (B, T, D), with different pasts:
+#     forward           the image's encoder and the blocks before (REPA-E, Leng et al. 2025,
+#                       arXiv:2504.10483): their weights get gradients, too
+#     reverse           none (R-REPA, Chen et al. 2025, as printed): the layers before the features
+#                       in the block itself get all the gradient
+#     reverse_through   the generative pass: so do all weights of this and the deeper blocks
+ALIGN = {
+    '': None,
+    'forward': lambda flow, inputs, z, y, block: inputs[block - 1],
+    'reverse': lambda flow, inputs, z, y, block: inputs[block - 1].detach(),
+    'reverse_through': generative_pass,
+}
 TABLES = {'codec': CODECS, 'noise': NOISE, 'prior': PRIORS, 'guidance': GUIDANCE, 'align': ALIGN,
           'freeze': ('', 'encoder', 'vae')}
 
 
-# ------------------------------------------------------------------- devices, processes, randomness
+# --------------------------------------------------------------------- processes and random numbers
 
 @dataclass
 class Place:
@@ -607,62 +524,7 @@ def generator(device, stream, seed, index=0):
     return torch.Generator(device).manual_seed(mix_seed(stream, seed, index))
 
 
-def sample_images(model, labels, seed, place, batch_size, cfg=0.0, gamma=0.0, order=None, **how):
-    """Yield images (b, H, W, 3) uint8; every process gets all of them and makes its share, at most
-    batch_size at once. All processes must call it, and take all.
-
-    Image i has class labels[i] and noise from (seed, i), so it depends neither on batch_size nor on
-    the processes. order: of the i, by default 0, 1, 2, ...  how: see SimFlow.generate. Says how
-    many images were not finite: they are black.
-    """
-    order, broken = range(len(labels)) if order is None else order, 0
-    for start in range(0, len(order), batch_size * place.world):
-        first = start + place.rank * batch_size
-        index, images = order[first:first + batch_size], np.zeros((0, 0, 0, 3), np.uint8)
-        failed = 0
-        if len(index):
-            sources = [generator('cpu', SAMPLE, seed, int(i)) for i in index]
-            noise = torch.stack([torch.randn(model.flow.shape, generator=g) for g in sources])
-            with place.autocast():
-                y = torch.stack([labels[i] for i in index]).to(place.device)
-                x = model.generate(y, noise.to(place.device), cfg, gamma, **how)
-            failed, images = int(x.isnan().flatten(1).any(1).sum()), to_uint8(x)
-        shares = [(images, failed)]
-        if place.world > 1:
-            shares = [None] * place.world
-            dist.all_gather_object(shares, (images, failed))
-        broken += sum(failed for _, failed in shares)
-        yield np.concatenate([images for images, _ in shares if len(images)])
-    if broken:
-        place.print(f'{broken} of {len(order)} images are not finite, and black: --cfg or --gamma '
-                    'is too large, or the checkpoint is broken')
-
-
-def to_uint8(images):
-    """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8 by rounding; what is no number is black"""
-    levels = ((images.nan_to_num(-1).clamp(-1, 1) + 1) * 127.5).round()
-    return levels.byte().permute(0, 2, 3, 1).cpu().numpy()
-
-
-def from_uint8(images):
-    """(B, 3, H, W) uint8 -> float32 in [-1, 1]"""
-    return images.float() / 127.5 - 1
-
-
-def grid(images, columns):
-    """(N, H, W, 3) uint8 -> PIL image, row by row"""
-    n, h, w, _ = images.shape
-    rows = -(-n // columns)
-    canvas = np.full((rows * columns, h, w, 3), 255, np.uint8)
-    canvas[:n] = images
-    canvas = canvas.reshape(rows, columns, h, w, 3).transpose(0, 2, 1, 3, 4)
-    return Image.fromarray(canvas.reshape(rows * h, columns * w, 3))
-
-
-# What torch.load, or a look inside, raises on files that are not what they should be.
-DAMAGED = (OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, struct.error,
-           pickle.UnpicklingError)
-
+# --------------------------------------------------------------------------- checkpoints and images
 
 def load_checkpoint(path, option='--ckpt', mmap=False):
     """-> the dictionary that train.py saved, on the CPU. UserError if it is not one; option: what
@@ -718,141 +580,59 @@ def note_on_guidance(config, class_names, cfg, gamma, guidance):
             '--cfg with --guidance tarflow_tau needs no classes')
 
 
-# --------------------------------------------------------------------------------------- the losses
+def sample_images(model, labels, seed, place, batch_size, cfg=0.0, gamma=0.0, order=None, **how):
+    """Yield images (b, H, W, 3) uint8; every process gets all of them and makes its share, at most
+    batch_size at once. All processes must call it, and take all.
 
-class Discriminator(nn.Sequential):
-    """PatchGAN (Isola et al. 2017, arXiv:1611.07004): (B, 3, H, W) -> patch logits (B, 1, h, w)
-
-    GroupNorm where the original has BatchNorm, whose statistics would tie the images of a batch
-    together: two processes of B/2 would then not equal one of B.
+    Image i has class labels[i] and noise from (seed, i), so it depends neither on batch_size nor on
+    the processes. order: of the i, by default 0, 1, 2, ...  how: see SimFlow.generate. Says how
+    many images were not finite: they are black.
     """
-
-    def __init__(self, width, layers):
-        c = width
-        stack = [nn.Conv2d(3, c, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
-        for i in range(1, layers + 1):
-            cin, c = c, min(2 * c, 8 * width)
-            stride = 2 if i < layers else 1
-            stack += [nn.Conv2d(cin, c, 4, stride, padding=1),
-                      nn.GroupNorm(math.gcd(16, c // 4), c), nn.LeakyReLU(0.2)]
-        super().__init__(*stack, nn.Conv2d(c, 1, 4, padding=1))
-
-
-def hinge(logits_real, logits_fake):
-    """The discriminator's loss (Lim & Ye 2017, arXiv:1705.02894), from logits of any shape; the
-    generator's is -logits_fake.mean()."""
-    return 0.5 * (F.relu(1 - logits_real).mean() + F.relu(1 + logits_fake).mean())
-
-
-def adaptive_weight(grad_rec, grad_gan):
-    """VQGAN's weight (Esser et al. 2021, arXiv:2012.09841, Eq. 7): both losses pull at the
-    decoder's last layer equally hard. Their gradients there, of one shape -> a scalar.
-
-    The cap matters when the discriminator's gradient vanishes. Each process and each micro-batch
-    takes the ratio over its own images, so 1 x B and 2 x B/2 agree about, not to rounding.
-    """
-    return (grad_rec.norm() / (grad_gan.norm() + 1e-4)).clamp(max=1e4).detach()
+    order, broken = range(len(labels)) if order is None else order, 0
+    for start in range(0, len(order), batch_size * place.world):
+        first = start + place.rank * batch_size
+        index, images = order[first:first + batch_size], np.zeros((0, 0, 0, 3), np.uint8)
+        failed = 0
+        if len(index):
+            sources = [generator('cpu', SAMPLE, seed, int(i)) for i in index]
+            noise = torch.stack([torch.randn(model.flow.shape, generator=g) for g in sources])
+            with place.autocast():
+                y = torch.stack([labels[i] for i in index]).to(place.device)
+                x = model.generate(y, noise.to(place.device), cfg, gamma, **how)
+            failed, images = int(x.isnan().flatten(1).any(1).sum()), to_uint8(x)
+        shares = [(images, failed)]
+        if place.world > 1:
+            shares = [None] * place.world
+            dist.all_gather_object(shares, (images, failed))
+        broken += sum(failed for _, failed in shares)
+        yield np.concatenate([images for images, _ in shares if len(images)])
+    if broken:
+        place.print(f'{broken} of {len(order)} images are not finite, and black: --cfg or --gamma '
+                    'is too large, or the checkpoint is broken')
 
 
-class LPIPS(nn.Module):
-    """Perceptual distance (Zhang et al. 2018, arXiv:1801.03924), version 0.1 on VGG16's features.
-
-    image, original (B, 3, H, W) in [-1, 1] -> (B,): squared differences of channel-normalised
-    features, weighted channel by channel (the heads), averaged over positions, summed over five
-    depths.
-    """
-    DEPTHS = (2, 64), (2, 128), (3, 256), (3, 512), (3, 512)       # VGG16's convolutions, channels
-
-    def __init__(self):
-        super().__init__()
-        layers, cin, self.ends = [], 3, []
-        for convolutions, c in self.DEPTHS:
-            layers += [nn.MaxPool2d(2)] * (cin > 3)
-            for _ in range(convolutions):
-                layers += [nn.Conv2d(cin, c, 3, padding=1), nn.ReLU()]
-                cin = c
-            self.ends.append(len(layers))
-        self.features = nn.Sequential(*layers)                     # as torchvision numbers them
-        self.heads = nn.ParameterList(torch.zeros(1, c, 1, 1) for _, c in self.DEPTHS)
-        self.register_buffer('shift', torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
-        self.register_buffer('scale', torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
-        self.eval().requires_grad_(False)
-
-    def load(self, vgg, heads):
-        """State dictionaries of torchvision's vgg16 and of the lpips package's v0.1/vgg.pth ->
-        self. KeyError, RuntimeError if they are not."""
-        self.features.load_state_dict({k: vgg[f'features.{k}'] for k in self.features.state_dict()})
-        for i, head in enumerate(self.heads):
-            head.copy_(heads[f'lin{i}.model.1.weight'])
-        return self
-
-    def directions(self, image):
-        """(B, 3, H, W) -> five feature maps (B, c, h, w), of norm 1 at every position"""
-        h, maps = (image - self.shift) / self.scale, []
-        for start, end in zip([0, *self.ends], self.ends):
-            h = self.features[start:end](h)
-            f = h.float()                                          # squares underflow in bf16
-            maps.append(f / (f.norm(dim=1, keepdim=True) + 1e-10))
-        return maps
-
-    def forward(self, image, original):
-        """Differentiable in the image only: training wants no more, and it halves the memory."""
-        with torch.no_grad():
-            theirs = self.directions(original)
-        total = 0
-        for head, a, b in zip(self.heads, self.directions(image), theirs):
-            total = total + (head * (a - b).square()).sum(1).mean((1, 2))
-        return total
+def to_uint8(images):
+    """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8 by rounding; what is no number is black"""
+    levels = ((images.nan_to_num(-1).clamp(-1, 1) + 1) * 127.5).round()
+    return levels.byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-VGG16_URL = 'https://download.pytorch.org/models/vgg16-397923af.pth'
-HEADS_URL = ('https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/'
-             'vgg.pth')
+def from_uint8(images):
+    """(B, 3, H, W) uint8 -> float32 in [-1, 1]"""
+    return images.float() / 127.5 - 1
 
 
-def load_lpips(vgg_path='', heads_path='', without='--lpips 0 --l2 400'):
-    """-> LPIPS with its released weights, from files or downloaded once. May raise UserError, which
-    names the options to do `without`."""
-    folder = os.path.join(torch.hub.get_dir(), 'checkpoints')
-    advice = f'put it there by hand, name a copy with --{{}}, or do without LPIPS: {without}'
-    vgg_path = vgg_path or fetch(VGG16_URL, os.path.join(folder, 'vgg16-397923af.pth'),
-                                 'sha256:397923af', advice.format('lpips_vgg'))
-    heads_path = heads_path or fetch(HEADS_URL, os.path.join(folder, 'lpips_v0.1_vgg.pth'),
-                                     'md5:d507d7349b931f0638a25a48a722f98a',
-                                     advice.format('lpips_heads'))
-    try:
-        return LPIPS().load(*(torch.load(path, map_location='cpu', weights_only=True)
-                              for path in (vgg_path, heads_path)))
-    except DAMAGED as e:
-        raise UserError(f'{vgg_path} and {heads_path} are not the weights of VGG16 and of LPIPS '
-                        f'({type(e).__name__}); name good copies with --lpips_vgg and '
-                        f'--lpips_heads, or do without: {without}')
+def grid(images, columns):
+    """(N, H, W, 3) uint8 -> PIL image, row by row"""
+    n, h, w, _ = images.shape
+    rows = -(-n // columns)
+    canvas = np.full((rows * columns, h, w, 3), 255, np.uint8)
+    canvas[:n] = images
+    canvas = canvas.reshape(rows, columns, h, w, 3).transpose(0, 2, 1, 3, 4)
+    return Image.fromarray(canvas.reshape(rows * h, columns * w, 3))
 
 
 # -------------------------------------------------------------------------------------- the teacher
-
-class TeacherBlock(nn.Module):
-    """Pre-norm transformer block with LayerScale (Touvron et al. 2021, arXiv:2103.17239):
-    h (B, N, C) -> (B, N, C). Its parameters have the names of DINOv2's release."""
-
-    def __init__(self, width, heads):
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = [nn.LayerNorm(width, eps=1e-6) for _ in range(2)]
-        self.attn = nn.ModuleDict({'qkv': nn.Linear(width, 3 * width),
-                                   'proj': nn.Linear(width, width)})
-        self.mlp = nn.ModuleDict({'fc1': nn.Linear(width, 4 * width),
-                                  'fc2': nn.Linear(4 * width, width)})
-        self.ls1, self.ls2 = [nn.ParameterDict({'gamma': torch.ones(width)}) for _ in range(2)]
-
-    def forward(self, h):
-        qkv = self.attn.qkv(self.norm1(h)).unflatten(-1, (3, self.heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                       # 3 x (B, heads, N, c)
-        r = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        h = h + self.ls1.gamma * self.attn.proj(r)
-        r = self.mlp.fc2(F.gelu(self.mlp.fc1(self.norm2(h))))
-        return h + self.ls2.gamma * r
-
 
 class DINOv2(nn.Module):
     """The vision transformer of DINOv2 (Oquab et al. 2023, arXiv:2304.07193), patch 14, without
@@ -895,6 +675,29 @@ class DINOv2(nn.Module):
         return self.norm(h)[:, 1:].float()
 
 
+class TeacherBlock(nn.Module):
+    """Pre-norm transformer block with LayerScale (Touvron et al. 2021, arXiv:2103.17239):
+    h (B, N, C) -> (B, N, C). Its parameters have the names of DINOv2's release."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = [nn.LayerNorm(width, eps=1e-6) for _ in range(2)]
+        self.attn = nn.ModuleDict({'qkv': nn.Linear(width, 3 * width),
+                                   'proj': nn.Linear(width, width)})
+        self.mlp = nn.ModuleDict({'fc1': nn.Linear(width, 4 * width),
+                                  'fc2': nn.Linear(4 * width, width)})
+        self.ls1, self.ls2 = [nn.ParameterDict({'gamma': torch.ones(width)}) for _ in range(2)]
+
+    def forward(self, h):
+        qkv = self.attn.qkv(self.norm1(h)).unflatten(-1, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                       # 3 x (B, heads, N, c)
+        r = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        h = h + self.ls1.gamma * self.attn.proj(r)
+        r = self.mlp.fc2(F.gelu(self.mlp.fc1(self.norm2(h))))
+        return h + self.ls2.gamma * r
+
+
 def resample_positions(table, side):
     """(1, 1 + n * n, C), the class token's row first -> (1, 1 + side * side, C) float32, by the
     rule of timm's resample_abs_pos_embed, which REPA uses. (Meta's own has no antialiasing.)"""
@@ -907,37 +710,8 @@ def resample_positions(table, side):
     return torch.cat([first, grid.flatten(2).transpose(1, 2)], dim=1)
 
 
-def random_teacher(side, seed=0):
-    """Small DINOv2 with random weights: a control, and a teacher without a download. Its features
-    tell images and positions apart, but know nothing of objects.
-
-    From numpy's RandomState, so that it is the same network everywhere.
-    """
-    rng, state = np.random.RandomState(seed), {}
-    for name, value in sorted(DINOv2(64, 2, 1, side=37).state_dict().items()):
-        draw = rng.standard_normal(value.shape)
-        if name.endswith('weight') and value.dim() > 1:
-            draw = draw / math.sqrt(value[0].numel())
-        elif name != 'pos_embed':                                  # scales near 1, the rest near 0
-            draw = 0.2 * draw + name.endswith(('weight', 'gamma'))
-        state[name] = torch.from_numpy(draw).float()
-    return DINOv2(64, 2, 1, side).load(state)
-
-
 DINOV2_URL = 'https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth'
 DINOV2_DIGEST = 'sha256:0b8b82f85de91b424aded121c7e1dcc2b7bc6d0adeea651bf73a13307fad8c73'
-
-
-def load_exported(path):
-    """-> a network of torch.export, as save writes them: image (B, 3, H, W) in [-1, 1] ->
-    (B, T, width), for any B. `width` is read off its graph."""
-    if not zipfile.is_zipfile(path):                               # of which torch would log a page
-        raise EOFError
-    program = torch.export.load(path)
-    out, = program.graph.find_nodes(op='output')
-    net = program.module().requires_grad_(False)
-    net.width = out.args[0][0].meta['val'].shape[2]
-    return net
 
 
 def load_teacher(path, tokens, image_size):
@@ -976,3 +750,32 @@ def read_teacher(path, side):
         raise UserError(f'{path} is not the weights of DINOv2 ViT-S/14, B/14 or L/14 without '
                         f'registers, nor an exported network in a .pt2 ({type(e).__name__}); name '
                         "a good copy with --repa, or 'dinov2' to download one")
+
+
+def random_teacher(side, seed=0):
+    """Small DINOv2 with random weights: a control, and a teacher without a download. Its features
+    tell images and positions apart, but know nothing of objects.
+
+    From numpy's RandomState, so that it is the same network everywhere.
+    """
+    rng, state = np.random.RandomState(seed), {}
+    for name, value in sorted(DINOv2(64, 2, 1, side=37).state_dict().items()):
+        draw = rng.standard_normal(value.shape)
+        if name.endswith('weight') and value.dim() > 1:
+            draw = draw / math.sqrt(value[0].numel())
+        elif name != 'pos_embed':                                  # scales near 1, the rest near 0
+            draw = 0.2 * draw + name.endswith(('weight', 'gamma'))
+        state[name] = torch.from_numpy(draw).float()
+    return DINOv2(64, 2, 1, side).load(state)
+
+
+def load_exported(path):
+    """-> a network of torch.export, as save writes them: image (B, 3, H, W) in [-1, 1] ->
+    (B, T, width), for any B. `width` is read off its graph."""
+    if not zipfile.is_zipfile(path):                               # of which torch would log a page
+        raise EOFError
+    program = torch.export.load(path)
+    out, = program.graph.find_nodes(op='output')
+    net = program.module().requires_grad_(False)
+    net.width = out.args[0][0].meta['val'].shape[2]
+    return net

@@ -16,10 +16,9 @@ from PIL import Image, ImageDraw
 import torch
 from tqdm import tqdm
 
-from data import UserError, cli, whole
+from data import UserError, cli, option, parse_options, refuse_negative, whole
 from flow import FEW, too_many
-from model import (check_sampling, find_place, grid, load_model, note_on_guidance, option,
-                   parse_options, refuse_negative, sample_images)
+from model import check_sampling, find_place, grid, load_model, note_on_guidance, sample_images
 
 
 @dataclass

@@ -30,12 +30,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import UserError, batches, cli, open_data
+from data import UserError, batches, cli, open_data, parse_options
 from flow import Layer
-from model import (LPIPS, PRESETS, PRIOR, RECON, TRAIN, Aligned, Config, DINOv2, Discriminator,
-                   Place, SimFlow, adaptive_weight, alignment, find_place, from_uint8, generator,
-                   grid, hinge, load_checkpoint, load_lpips, load_teacher, mix_seed, parse_options,
+from model import (PRESETS, PRIOR, RECON, TRAIN, Aligned, Config, DINOv2, Place, SimFlow, alignment,
+                   find_place, from_uint8, generator, grid, load_checkpoint, load_teacher, mix_seed,
                    sample_images, to_uint8)
+from vae import LPIPS, Discriminator, adaptive_weight, hinge, load_lpips
 
 try:
     import fcntl

@@ -11,16 +11,88 @@ Training and sampling never ask which codec it is: x = mu + sigma * noise. Below
 siblings: LearnedVAE, whose encoder predicts the variance, and Pixels, which only cuts patches.
 """
 import math
+import os
 
+import torch
 from torch import nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from data import DAMAGED, UserError, fetch
 
-def norm(channels):
-    """GroupNorm of 32 groups; of fewer where a group would hold under 4 channels, as a group of one
-    would erase the mean colour of its channel."""
-    return nn.GroupNorm(math.gcd(32, channels // 4), channels, eps=1e-6)
+
+class VAE(nn.Module):
+    """SimFlow's codec. The encoder predicts no variance: sigma is a constant, so q(x | image) has
+    constant entropy, a floor under the noise that no amount of training can remove (SimFlow
+    sections 4.1 and A.3).
+
+    width, mults: channels of the first level and multipliers of all.  patch: pixels a side that the
+    first level takes as one (1 in the paper; more is what makes it fast on a CPU).  The
+    down-sampling factor is f = patch * 2^(levels - 1).  latent_dim: D.  T = (image_size / f)^2
+    tokens, row by row; images are square.  layer_norm: of each token's mu.
+    """
+    outputs = 1                                                    # of the encoder, times D
+
+    def __init__(self, width, mults, patch, latent_dim, sigma, layer_norm=True):
+        super().__init__()
+        self.sigma = sigma
+        self.encoder = encoder(width, mults, patch, self.outputs * latent_dim)
+        self.norm = (nn.LayerNorm(latent_dim, elementwise_affine=False) if layer_norm
+                     else nn.Identity())
+        self.decoder = decoder(width, mults, latent_dim)
+        # The last layer, where the adaptive weight of the adversarial loss compares gradients.
+        self.conv_out = nn.Conv2d(width * mults[0], 3 * patch ** 2, 3, padding=1)
+        self.unpatch = nn.PixelShuffle(patch)
+
+    def encode(self, image):
+        """(B, 3, H, W) in [-1, 1] -> mu (B, T, D), each token of mean 0 and variance 1 with
+        layer_norm; sigma"""
+        return self.norm(to_tokens(self.encoder(image))), self.sigma
+
+    def decode(self, x):
+        """(B, T, D) -> (B, 3, H, W), about [-1, 1]. RuntimeError if T is not a square."""
+        return self.unpatch(self.conv_out(self.decoder(to_grid(x)))).float()
+
+
+def encoder(width, mults, patch, out_dim):
+    """(B, 3, H, W) -> (B, out_dim, H/f, W/f): two ResBlocks a level; the lowest level attends after
+    each of them."""
+    c = width
+    layers = [nn.PixelUnshuffle(patch), nn.Conv2d(3 * patch ** 2, c, 3, padding=1)]
+    for i, mult in enumerate(mults):
+        lowest = i == len(mults) - 1
+        for _ in range(2):
+            layers += [ResBlock(c, width * mult)] + [SelfAttention(width * mult)] * lowest
+            c = width * mult
+        layers += [Downsample(c)] * (not lowest)
+    return Stack(*layers, *middle(c), norm(c), nn.SiLU(), nn.Conv2d(c, out_dim, 3, padding=1))
+
+
+def decoder(width, mults, in_dim):
+    """(B, in_dim, H/f, W/f) -> (B, width * mults[0], H/patch, W/patch): three ResBlocks a level,
+    attention in the middle only."""
+    c = width * mults[-1]
+    layers = [nn.Conv2d(in_dim, c, 3, padding=1), *middle(c)]
+    for i, mult in reversed(list(enumerate(mults))):
+        for _ in range(3):
+            layers += [ResBlock(c, width * mult)]
+            c = width * mult
+        layers += [Upsample(c)] * (i > 0)
+    return Stack(*layers, norm(c), nn.SiLU())
+
+
+class Stack(nn.Sequential):
+    """Modules in a row, recomputed in backward one by one when `grad_ckpt` is set."""
+    grad_ckpt = False
+
+    def forward(self, h):
+        for module in self:
+            h = checkpoint(module, h, use_reentrant=False) if self.grad_ckpt else module(h)
+        return h
+
+
+def middle(c):
+    return [ResBlock(c, c), SelfAttention(c), ResBlock(c, c)]
 
 
 class ResBlock(nn.Module):
@@ -75,79 +147,111 @@ class Upsample(nn.Conv2d):
         return super().forward(F.interpolate(h, scale_factor=2.0, mode='nearest'))
 
 
-class Stack(nn.Sequential):
-    """Modules in a row, recomputed in backward one by one when `grad_ckpt` is set."""
-    grad_ckpt = False
-
-    def forward(self, h):
-        for module in self:
-            h = checkpoint(module, h, use_reentrant=False) if self.grad_ckpt else module(h)
-        return h
+def norm(channels):
+    """GroupNorm of 32 groups; of fewer where a group would hold under 4 channels, as a group of one
+    would erase the mean colour of its channel."""
+    return nn.GroupNorm(math.gcd(32, channels // 4), channels, eps=1e-6)
 
 
-def middle(c):
-    return [ResBlock(c, c), SelfAttention(c), ResBlock(c, c)]
+def to_tokens(h):
+    """(B, D, h, w) -> (B, h w, D) float32, row by row"""
+    return h.flatten(2).transpose(1, 2).float()
 
 
-def encoder(width, mults, patch, out_dim):
-    """(B, 3, H, W) -> (B, out_dim, H/f, W/f): two ResBlocks a level; the lowest level attends after
-    each of them."""
-    c = width
-    layers = [nn.PixelUnshuffle(patch), nn.Conv2d(3 * patch ** 2, c, 3, padding=1)]
-    for i, mult in enumerate(mults):
-        lowest = i == len(mults) - 1
-        for _ in range(2):
-            layers += [ResBlock(c, width * mult)] + [SelfAttention(width * mult)] * lowest
-            c = width * mult
-        layers += [Downsample(c)] * (not lowest)
-    return Stack(*layers, *middle(c), norm(c), nn.SiLU(), nn.Conv2d(c, out_dim, 3, padding=1))
+def to_grid(x):
+    """(B, T, D) -> (B, D, h, w), h = w. RuntimeError if T is not a square."""
+    side = int(x.shape[1] ** 0.5)
+    return x.transpose(1, 2).unflatten(2, (side, side))
 
 
-def decoder(width, mults, in_dim):
-    """(B, in_dim, H/f, W/f) -> (B, width * mults[0], H/patch, W/patch): three ResBlocks a level,
-    attention in the middle only."""
-    c = width * mults[-1]
-    layers = [nn.Conv2d(in_dim, c, 3, padding=1), *middle(c)]
-    for i, mult in reversed(list(enumerate(mults))):
-        for _ in range(3):
-            layers += [ResBlock(c, width * mult)]
-            c = width * mult
-        layers += [Upsample(c)] * (i > 0)
-    return Stack(*layers, norm(c), nn.SiLU())
+# -------------------------------------------------------------- the networks that teach the decoder
 
+class Discriminator(nn.Sequential):
+    """PatchGAN (Isola et al. 2017, arXiv:1611.07004): (B, 3, H, W) -> patch logits (B, 1, h, w)
 
-class VAE(nn.Module):
-    """SimFlow's codec. The encoder predicts no variance: sigma is a constant, so q(x | image) has
-    constant entropy, a floor under the noise that no amount of training can remove (SimFlow
-    sections 4.1 and A.3).
-
-    width, mults: channels of the first level and multipliers of all.  patch: pixels a side that the
-    first level takes as one (1 in the paper; more is what makes it fast on a CPU).  The
-    down-sampling factor is f = patch * 2^(levels - 1).  latent_dim: D.  T = (image_size / f)^2
-    tokens, row by row; images are square.  layer_norm: of each token's mu.
+    GroupNorm where the original has BatchNorm, whose statistics would tie the images of a batch
+    together: two processes of B/2 would then not equal one of B.
     """
-    outputs = 1                                                    # of the encoder, times D
 
-    def __init__(self, width, mults, patch, latent_dim, sigma, layer_norm=True):
+    def __init__(self, width, layers):
+        c = width
+        stack = [nn.Conv2d(3, c, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for i in range(1, layers + 1):
+            cin, c = c, min(2 * c, 8 * width)
+            stride = 2 if i < layers else 1
+            stack += [nn.Conv2d(cin, c, 4, stride, padding=1),
+                      nn.GroupNorm(math.gcd(16, c // 4), c), nn.LeakyReLU(0.2)]
+        super().__init__(*stack, nn.Conv2d(c, 1, 4, padding=1))
+
+
+def hinge(logits_real, logits_fake):
+    """The discriminator's loss (Lim & Ye 2017, arXiv:1705.02894), from logits of any shape; the
+    generator's is -logits_fake.mean()."""
+    return 0.5 * (F.relu(1 - logits_real).mean() + F.relu(1 + logits_fake).mean())
+
+
+def adaptive_weight(grad_rec, grad_gan):
+    """VQGAN's weight (Esser et al. 2021, arXiv:2012.09841, Eq. 7): both losses pull at the
+    decoder's last layer equally hard. Their gradients there, of one shape -> a scalar.
+
+    The cap matters when the discriminator's gradient vanishes. Each process and each micro-batch
+    takes the ratio over its own images, so 1 x B and 2 x B/2 agree about, not to rounding.
+    """
+    return (grad_rec.norm() / (grad_gan.norm() + 1e-4)).clamp(max=1e4).detach()
+
+
+class LPIPS(nn.Module):
+    """Perceptual distance (Zhang et al. 2018, arXiv:1801.03924), version 0.1 on VGG16's features.
+
+    image, original (B, 3, H, W) in [-1, 1] -> (B,): squared differences of channel-normalised
+    features, weighted channel by channel (the heads), averaged over positions, summed over five
+    depths.
+    """
+    DEPTHS = (2, 64), (2, 128), (3, 256), (3, 512), (3, 512)       # VGG16's convolutions, channels
+
+    def __init__(self):
         super().__init__()
-        self.sigma = sigma
-        self.encoder = encoder(width, mults, patch, self.outputs * latent_dim)
-        self.norm = (nn.LayerNorm(latent_dim, elementwise_affine=False) if layer_norm
-                     else nn.Identity())
-        self.decoder = decoder(width, mults, latent_dim)
-        # The last layer, where the adaptive weight of the adversarial loss compares gradients.
-        self.conv_out = nn.Conv2d(width * mults[0], 3 * patch ** 2, 3, padding=1)
-        self.unpatch = nn.PixelShuffle(patch)
+        layers, cin, self.ends = [], 3, []
+        for convolutions, c in self.DEPTHS:
+            layers += [nn.MaxPool2d(2)] * (cin > 3)
+            for _ in range(convolutions):
+                layers += [nn.Conv2d(cin, c, 3, padding=1), nn.ReLU()]
+                cin = c
+            self.ends.append(len(layers))
+        self.features = nn.Sequential(*layers)                     # as torchvision numbers them
+        self.heads = nn.ParameterList(torch.zeros(1, c, 1, 1) for _, c in self.DEPTHS)
+        self.register_buffer('shift', torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
+        self.register_buffer('scale', torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
+        self.eval().requires_grad_(False)
 
-    def encode(self, image):
-        """(B, 3, H, W) in [-1, 1] -> mu (B, T, D), each token of mean 0 and variance 1 with
-        layer_norm; sigma"""
-        return self.norm(to_tokens(self.encoder(image))), self.sigma
+    def load(self, vgg, heads):
+        """State dictionaries of torchvision's vgg16 and of the lpips package's v0.1/vgg.pth ->
+        self. KeyError, RuntimeError if they are not."""
+        self.features.load_state_dict({k: vgg[f'features.{k}'] for k in self.features.state_dict()})
+        for i, head in enumerate(self.heads):
+            head.copy_(heads[f'lin{i}.model.1.weight'])
+        return self
 
-    def decode(self, x):
-        """(B, T, D) -> (B, 3, H, W), about [-1, 1]. RuntimeError if T is not a square."""
-        return self.unpatch(self.conv_out(self.decoder(to_grid(x)))).float()
+    def directions(self, image):
+        """(B, 3, H, W) -> five feature maps (B, c, h, w), of norm 1 at every position"""
+        h, maps = (image - self.shift) / self.scale, []
+        for start, end in zip([0, *self.ends], self.ends):
+            h = self.features[start:end](h)
+            f = h.float()                                          # squares underflow in bf16
+            maps.append(f / (f.norm(dim=1, keepdim=True) + 1e-10))
+        return maps
 
+    def forward(self, image, original):
+        """Differentiable in the image only: training wants no more, and it halves the memory."""
+        with torch.no_grad():
+            theirs = self.directions(original)
+        total = 0
+        for head, a, b in zip(self.heads, self.directions(image), theirs):
+            total = total + (head * (a - b).square()).sum(1).mean((1, 2))
+        return total
+
+
+# ----------------------------------------------------------------------------------------- siblings
 
 class LearnedVAE(VAE):
     """The standard VAE (Kingma & Welling 2013, arXiv:1312.6114): the encoder predicts log sigma^2,
@@ -180,12 +284,27 @@ class Pixels(nn.Module):
         return self.decoder(to_grid(x)).float().expand(-1, 3, -1, -1)
 
 
-def to_tokens(h):
-    """(B, D, h, w) -> (B, h w, D) float32, row by row"""
-    return h.flatten(2).transpose(1, 2).float()
+# ---------------------------------------------------------------------------------------- machinery
+
+VGG16_URL = 'https://download.pytorch.org/models/vgg16-397923af.pth'
+HEADS_URL = ('https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/'
+             'vgg.pth')
 
 
-def to_grid(x):
-    """(B, T, D) -> (B, D, h, w), h = w. RuntimeError if T is not a square."""
-    side = int(x.shape[1] ** 0.5)
-    return x.transpose(1, 2).unflatten(2, (side, side))
+def load_lpips(vgg_path='', heads_path='', without='--lpips 0 --l2 400'):
+    """-> LPIPS with its released weights, from files or downloaded once. May raise UserError, which
+    names the options to do `without`."""
+    folder = os.path.join(torch.hub.get_dir(), 'checkpoints')
+    advice = f'put it there by hand, name a copy with --{{}}, or do without LPIPS: {without}'
+    vgg_path = vgg_path or fetch(VGG16_URL, os.path.join(folder, 'vgg16-397923af.pth'),
+                                 'sha256:397923af', advice.format('lpips_vgg'))
+    heads_path = heads_path or fetch(HEADS_URL, os.path.join(folder, 'lpips_v0.1_vgg.pth'),
+                                     'md5:d507d7349b931f0638a25a48a722f98a',
+                                     advice.format('lpips_heads'))
+    try:
+        return LPIPS().load(*(torch.load(path, map_location='cpu', weights_only=True)
+                              for path in (vgg_path, heads_path)))
+    except DAMAGED as e:
+        raise UserError(f'{vgg_path} and {heads_path} are not the weights of VGG16 and of LPIPS '
+                        f'({type(e).__name__}); name good copies with --lpips_vgg and '
+                        f'--lpips_heads, or do without: {without}')

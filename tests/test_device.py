@@ -8,8 +8,9 @@ from torch.utils._pytree import tree_leaves
 
 from data import UserError
 import evaluate
-from model import LPIPS, PRESETS, Config, Place, find_place
+from model import PRESETS, Config, Place, find_place
 import train
+from vae import LPIPS
 
 
 @pytest.fixture

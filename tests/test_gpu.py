@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from conftest import ROOT
-from data import batches, open_data
-from model import LPIPS, PRESETS, Config, Place, find_place, load_model, parse_options, sample_images
+from data import batches, open_data, parse_options
+from model import PRESETS, Config, Place, find_place, load_model, sample_images
 from test_train import python, torchrun
 import train
+from vae import LPIPS
 
 DEVICE = os.environ.get('TEST_DEVICE', 'cuda')
 pytestmark = pytest.mark.skipif(DEVICE == 'cuda' and not torch.cuda.is_available(), reason='needs a CUDA GPU')

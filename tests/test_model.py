@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from conftest import ROOT
-from data import UserError
-import model as simflow
-from model import (LPIPS, PRESETS, Config, Discriminator, SimFlow, adaptive_weight, find_place, generator, hinge,
-                   load_checkpoint, load_lpips, load_model, parse_options, sample_images)
+from data import UserError, parse_options
+from model import PRESETS, Config, SimFlow, find_place, generator, load_checkpoint, load_model, sample_images
+import vae
+from vae import LPIPS, Discriminator, adaptive_weight, hinge, load_lpips
 
 TINY = Config(**PRESETS['nano'] | dict(image_size=16, vae_width=8, latent_dim=4, width=16, layers=(1, 1, 2)))
 
@@ -175,7 +175,7 @@ def test_lpips_weights_from_files(tmp_path, monkeypatch):
 
 def test_lpips_weights_that_cannot_be_had(tmp_path, monkeypatch):
     """One sentence says where to put the file and how to do without."""
-    monkeypatch.setattr(simflow, 'VGG16_URL', 'http://127.0.0.1:9/vgg16-397923af.pth')
+    monkeypatch.setattr(vae, 'VGG16_URL', 'http://127.0.0.1:9/vgg16-397923af.pth')
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
     with pytest.raises(UserError) as error:
         load_lpips()

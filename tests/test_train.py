@@ -16,9 +16,10 @@ import pytest
 import torch
 
 from conftest import ROOT
-from data import UserError, cli
-from model import LPIPS, PRESETS, Config, Discriminator, Place, SimFlow, load_model, parse_options
+from data import UserError, cli, parse_options
+from model import PRESETS, Config, Place, SimFlow, load_model
 import train
+from vae import LPIPS, Discriminator
 
 TINY = ('--image_size 16 --vae_width 8 --latent_dim 4 --width 16 --layers 1,1,2 --gan_width 8 --batch_size 8 '
         '--workers 0 --device cpu --gan 0.1').split()

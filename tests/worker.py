@@ -10,8 +10,8 @@ import sys
 import torch
 
 import conftest  # noqa: F401, puts the project on the path
-from data import batches, open_data
-from model import PRESETS, Config, find_place, parse_options
+from data import batches, open_data, parse_options
+from model import PRESETS, Config, find_place
 import train
 
 
