@@ -1,4 +1,4 @@
-"""SimFlow = VAE + flow, trained as one; its configuration, and the losses that look at images.
+"""SimFlow = VAE + flow, trained as one; its configuration, processes, checkpoints, and siblings.
 
     mu = LayerNorm(Encoder(image))         x = mu + sigma * noise          (SimFlow section 4.1)
     loss = rec(Decoder(x), image) + nll(Flow(x))                           (SimFlow Eq. 4)
@@ -400,7 +400,7 @@ class Place:
     compile: bool
     rank: int = 0
     world: int = 1
-    patient: object = None                                         # group that waits long for process 0
+    patient: object = None                                         # group that waits for hours
 
     def autocast(self):
         """bfloat16 matrix products, if that is the dtype; parameters and sums stay float32."""
@@ -459,8 +459,10 @@ def find_place(device='', dtype='', compile=None):
     """-> Place: the best device here, or the one asked for, as torchrun's environment has it.
     UserError for a device or dtype that is not."""
     check_launch()
-    if ':' in device and int(os.environ.get('LOCAL_WORLD_SIZE', 1)) > 1:
-        raise UserError(f'--device {device} is one device for several processes; give --device {device.split(":")[0]}')
+    kind, *index = device.split(':')
+    if index and int(os.environ.get('LOCAL_WORLD_SIZE', 1)) > 1:
+        raise UserError(f'--device {device} is one device for several processes; give --device '
+                        f'{kind}')
     if not device:
         device = ('cuda' if torch.cuda.is_available() else
                   'mps' if torch.backends.mps.is_available() else 'cpu')
@@ -499,8 +501,8 @@ def check_launch():
                         'them all, or unset RANK')
     tasks = os.environ.get('SLURM_NTASKS', '1')
     if 'RANK' not in os.environ and tasks != '1':
-        raise UserError(f'SLURM_NTASKS is {tasks}, and srun starts as many, which would not know of '
-                        'each other: let it start one torchrun per node, or unset SLURM_NTASKS')
+        raise UserError(f'SLURM_NTASKS is {tasks}, and srun starts as many, which would not know '
+                        'of each other: let it start one torchrun per node, or unset SLURM_NTASKS')
 
 
 def leave_processes():

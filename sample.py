@@ -30,10 +30,12 @@ class Options:
                                'off')
     guidance: str = option('', 'how --cfg guides: a row of GUIDANCE in flow.py, such as tarflow or '
                                "tarflow_tau (needs no labels); default: the checkpoint's")
+    # torchrun takes --n for one of its own options.
     num_samples: int = option(80, 'images; image i is of class i mod the number of classes',
-                              also=['--n'])                        # which torchrun takes for its own
-    classes: list[str] = option((), 'names of the classes to draw, or their numbers from 0 on (a name '
-                                    'wins, and counts alone where all are numbers); default: all')
+                              also=['--n'])
+    classes: list[str] = option((), 'names of the classes to draw, or their numbers from 0 on (a '
+                                    'name wins, and counts alone where all are numbers); '
+                                    'default: all')
     decode: str = option('sequential', 'how the flow is inverted: sequential, token by token, or '
                                        'jacobi, several at once until they no longer change')
     tol: float = option(1e-3, "jacobi's tolerance, relative change of a token: at 0.001 no pixel "
@@ -124,8 +126,8 @@ def save_folder(folder, batches, labels, class_names):
 
 
 def save_npz(path, batches, labels, class_names):
-    """ADM's layout: arr_0 (N, H, W, 3) uint8, arr_1 (N,) labels if there are classes. Written as the
-    batches come, since 50,000 images of 256 pixels are 10 GB."""
+    """ADM's layout: arr_0 (N, H, W, 3) uint8, arr_1 (N,) labels if there are classes. Written as
+    the batches come, since 50,000 images of 256 pixels are 10 GB."""
     first = next(batches)
     header = {'descr': '|u1', 'fortran_order': False, 'shape': (len(labels), *first.shape[1:])}
     with whole(path) as temporary, zipfile.ZipFile(temporary, 'w') as z:
@@ -175,7 +177,12 @@ def main(argv):
         for _ in batches:                                          # makes this process's share
             pass
         return
-    save = save_grid if path.endswith('.png') else save_npz if path.endswith('.npz') else save_folder
+    if path.endswith('.png'):
+        save = save_grid
+    elif path.endswith('.npz'):
+        save = save_npz
+    else:
+        save = save_folder
     save(path, batches, labels.numpy()[order], class_names)
     print(f'{path}: {n} images, cfg {options.cfg}, gamma {options.gamma} (0 is off)')
 
