@@ -504,7 +504,7 @@ class Evaluation:
             self.model, self.config, self.class_names = load_model(options.ckpt)
             check_sampling(self.config, any(options.gamma), options.guidance)
             dtype = dtype or self.config.dtype
-        self.place, self.reference = find_place(options.device, dtype), None
+        self.place, self.reference, self.said = find_place(options.device, dtype), None, set()
         if options.num_samples < self.place.world:
             raise UserError(f'--num_samples must be at least {self.place.world}, one per process')
         if options.ckpt:
@@ -520,8 +520,10 @@ class Evaluation:
                 self.features = self.net(grey)[0].shape[1]         # 2048
 
     def say(self, note):
-        if note:
+        """Print it, once."""
+        if note and note not in self.said:
             self.place.print(note)
+            self.said.add(note)
 
     @torch.no_grad()
     def rows(self):
@@ -541,6 +543,8 @@ class Evaluation:
     def open(self, path, limit):
         """A folder, a zip, an npz, or a data set by name -> Data, positions of those of its images to use"""
         data = open_npz(path) if path.endswith('.npz') else open_data(path)
+        for note in data.notes:
+            self.say(f'{path}: {note}')
         index, least = subset(len(data), limit), max(SPLITS, self.place.world)
         if len(index) < least:
             raise UserError(f'{path} has {len(data)} images; the numbers need {least} or more')

@@ -408,8 +408,10 @@ def test_a_few_unreadable_images_are_replaced_and_named(tiny, capsys):
     ref, folder = save_npz(tiny / 'ref.npz', pixels), save_folder(tiny / 'x', pixels)
     (folder / '0000.png').write_bytes(b'PNG?')
     (folder / '0150.png').write_bytes(b'')
+    (folder / 'notes.txt').touch()
     evaluate.main([str(folder), '--ref', str(ref)])
     out = capsys.readouterr().out
+    assert out.count('files ignored') == 1
     assert 'unreadable, and replaced by the images after them: 0000.png, 0150.png' in out
     row = json.loads(out.splitlines()[-1])['rows'][0]
     pixels[0], pixels[150] = pixels[1], pixels[151]
