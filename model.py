@@ -16,7 +16,6 @@ import sys
 import time
 import typing
 from typing import NamedTuple
-import zipfile
 
 import numpy as np
 from PIL import Image
@@ -133,8 +132,8 @@ class Config:
     lpips_vgg: str = option('', "torchvision's VGG16 weights; default: download once")
     lpips_heads: str = option('', "LPIPS v0.1's linear heads; default: download once")
     align: str = option('', 'with a teacher: forward (REPA-E), reverse, reverse_through (R-REPA)')
-    repa: str = option('dinov2', 'the teacher: dinov2 (downloaded once), random, a file of '
-                      "DINOv2's weights, or a network that torch.export saved, X.pt2")
+    repa: str = option('dinov2', 'the teacher: dinov2 (downloaded once), random, or a file of '
+                      "DINOv2's weights")
     repa_weight: float = option(1.0, 'weight of the alignment')
     repa_block: int = option(3, 'block that is aligned, from 1 on, image -> noise')
     repa_layer: int = option(1, 'after which of its layers, from 1 on')
@@ -716,25 +715,9 @@ DINOV2_URL = 'https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/dinov2_vitb14_
 DINOV2_DIGEST = 'sha256:0b8b82f85de91b424aded121c7e1dcc2b7bc6d0adeea651bf73a13307fad8c73'
 
 
-def load_teacher(path, tokens, image_size):
-    """-> a network for a square of tokens: 'random', 'dinov2' (ViT-B/14, downloaded once), a file
-    of Meta's for ViT-S, B or L, or any other network in a .pt2. UserError if it can't be had, or
-    does not answer images with tokens."""
-    net = read_teacher(path, math.isqrt(tokens))
-    try:
-        with torch.no_grad():
-            shape = tuple(net(torch.zeros(3, 3, image_size, image_size)).shape)
-    except Exception as e:                                         # of someone else's network
-        shape = type(e).__name__
-    if shape != (3, tokens, net.width):
-        raise UserError(f'--repa {path} must turn 3 images of {image_size} pixels into (3, '
-                        f'{tokens}, channels), but answers {shape}; export it for this size and '
-                        'any batch')
-    return net
-
-
-def read_teacher(path, side):
-    """-> the network of load_teacher, for side x side tokens. UserError if it can't be had."""
+def load_teacher(path, side):
+    """-> a network whose answer is side x side tokens: 'random', 'dinov2' (ViT-B/14, downloaded
+    once), or a file of Meta's for ViT-S, B or L. UserError if it can't be had."""
     if path == 'random':
         return random_teacher(side)
     if path == 'dinov2':
@@ -742,16 +725,14 @@ def read_teacher(path, side):
         path = fetch(DINOV2_URL, home, DINOV2_DIGEST, 'put it there by hand, name a copy with '
                      "--repa, or train without: --align ''")
     try:
-        if path.endswith('.pt2'):
-            return load_exported(path)
         state = torch.load(path, map_location='cpu', weights_only=True)
         width = state['cls_token'].shape[-1]
         depth = len({name.split('.')[1] for name in state if name.startswith('blocks.')})
         return DINOv2(width, depth, width // 64, side).load(state)
     except DAMAGED as e:
         raise UserError(f'{path} is not the weights of DINOv2 ViT-S/14, B/14 or L/14 without '
-                        f'registers, nor an exported network in a .pt2 ({type(e).__name__}); name '
-                        "a good copy with --repa, or 'dinov2' to download one")
+                        f"registers ({type(e).__name__}); name a good copy with --repa, or 'dinov2' "
+                        'to download one')
 
 
 def random_teacher(side, seed=0):
@@ -769,15 +750,3 @@ def random_teacher(side, seed=0):
             draw = 0.2 * draw + name.endswith(('weight', 'gamma'))
         state[name] = torch.from_numpy(draw).float()
     return DINOv2(64, 2, 1, side).load(state)
-
-
-def load_exported(path):
-    """-> a network of torch.export, as save writes them: image (B, 3, H, W) in [-1, 1] ->
-    (B, T, width), for any B. `width` is read off its graph."""
-    if not zipfile.is_zipfile(path):                               # of which torch would log a page
-        raise EOFError
-    program = torch.export.load(path)
-    out, = program.graph.find_nodes(op='output')
-    net = program.module().requires_grad_(False)
-    net.width = out.args[0][0].meta['val'].shape[2]
-    return net

@@ -93,7 +93,7 @@ class Trainer:
         self.names = ['loss', 'l1', 'l2', 'nll', 'entropy', 'mu_std', 'grad_norm', 'replaced']
         if config.align:
             teacher = teacher or place.in_turn(
-                lambda: load_teacher(config.repa, config.tokens, config.image_size))
+                lambda: load_teacher(config.repa, math.isqrt(config.tokens)))
             self.teacher = teacher.to(place.device)
             self.names.append('align')
         torch.manual_seed(config.seed)                             # one start on every process
