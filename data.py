@@ -412,7 +412,7 @@ def main(argv):
     parser = Parser(description='Crop and resize a data set once, for all runs, and pack it to a zip.')
     parser.add_argument('src', help=f'folder or zip of images, or {", ".join(BUILT_IN)}')
     parser.add_argument('dst', help='zip to write')
-    parser.add_argument('--size', type=int, default=256, help='pixels a side (default: %(default)s)')
+    parser.add_argument('--size', type=int, default=256, help='pixels per side (default: %(default)s)')
     parser.add_argument('--workers', type=int, default=os.cpu_count(),
                         help='processes (default: %(default)s)')
     args = parser.parse_args(argv)
@@ -455,13 +455,13 @@ def download(server, digests):
 
 
 def cifar10():
-    """The 50,000 training images of CIFAR-10 (Krizhevsky 2009), 32 pixels a side."""
+    """The 50,000 training images of CIFAR-10 (Krizhevsky 2009), 32 pixels per side."""
     archive, = download(*CIFAR10)
     with tarfile.open(archive) as tar:
         files = {posixpath.basename(m.name): tar.extractfile(m).read() for m in tar if m.isfile()}
     rows = b''.join(files[f'data_batch_{i}.bin'] for i in range(1, 6))
     rows = np.frombuffer(rows, np.uint8).reshape(-1, 3073)
-    images = rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)     # label, then a plane a colour
+    images = rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)     # label, then one plane per colour
     return Arrays(files['batches.meta.txt'].decode().split(), rows[:, 0], np.ascontiguousarray(images))
 
 
@@ -524,7 +524,7 @@ def gradient(top, bottom, size):
 class Shapes(Data):
     """Ten shapes in many colours, drawn when asked for: image i depends on i alone, and is of class i % 10.
 
-    Their edges are jagged, at 128 pixels a side: for 64 or less, the box filter of `crop` makes them smooth.
+    Their edges are jagged, at 128 pixels per side: for 64 or less, the box filter of `crop` makes them smooth.
     """
 
     def __init__(self):

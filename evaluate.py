@@ -50,9 +50,9 @@ CONVENTIONS = {
     'PSNR': 'dB, of uint8 images, at most 100, mean over images',
     'SSIM': "RGB, gaussian 11 x 11, sigma 1.5, population covariance, torchmetrics' reflect padding",
     'LPIPS': 'v0.1, VGG16',
-    'rate': 'KL(q(x | image) || p(x)), bits a latent dimension; of dequantised pixels: bits a dimension',
+    'rate': 'KL(q(x | image) || p(x)), bits per latent dimension; of dequantised pixels: bits per dimension',
     'centred': 'accuracy of scores less their mean over the n images: fair if classes are equally frequent',
-    'ELBO': 'negative, bits a pixel value, lower is better: rate + distortion at --decoder_std'}
+    'ELBO': 'negative, bits per pixel value, lower is better: rate + distortion at --decoder_std'}
 
 
 @dataclass
@@ -72,16 +72,16 @@ class Options:
     cfg: list[float] = option((0.0,), 'guidance weights to sample with, one or more; 0 is off')
     gamma: list[float] = option((0.0,), 'sizes of the score step, one or more; 0 is off')
     guidance: str = option('', "how --cfg guides: a row of GUIDANCE in flow.py; default: the checkpoint's")
-    seed: int = option(0, 'of everything random')
+    seed: int = option(0, 'random seed')
     features: str = option('inception', 'inception, or random: needs no weights, is not FID')
     weights: str = option('', "Inception's weights; default: in torch.hub's directory, downloaded once")
     lpips_vgg: str = option('', "torchvision's VGG16 weights; default: downloaded once")
     lpips_heads: str = option('', "LPIPS v0.1's linear heads; default: downloaded once")
     decoder_std: float = option(0.1, "of the ELBO's Gaussian decoder, on pixels in [-1, 1]")
-    batch_size: int = option(50, 'images at once, a process')
+    batch_size: int = option(50, 'images at once, per process')
     out: str = option('', 'directory for pictures; default: where --ckpt is')
     device: str = option('', 'cuda, mps, cpu; default: the best there is')
-    dtype: str = option('', 'of the checkpoint: float32, bfloat16; default: as it was trained')
+    dtype: str = option('', "the checkpoint's arithmetic: float32, bfloat16; default: as trained")
 
     def check(self):
         """Raise UserError for what can't be done."""
@@ -423,7 +423,7 @@ def load_image(data, i):
 
 def load_images(data, index, size, batch_size, place):
     """Yield this process's share of data[index]: positions in index (b,), images (b, H, W, 3) uint8, cropped
-    to `size` pixels a side. None: as they are; UserError if not all are square and of one size.
+    to `size` pixels per side. None: as they are; UserError if not all are square and of one size.
 
     As in training, unreadable images are replaced by others, also in index, unless they are over 1%.
     """
@@ -726,7 +726,7 @@ class Evaluation:
             right = torch.stack([score.argmax(1) == y, centred.argmax(1) == y], dim=1)
             accuracy, fair = self.means([{'right': right}], n)['right'].tolist()
             rows.append({'classifier': name, 'n': n, 'accuracy': accuracy, 'centred': fair,
-                         'ms an image': 1000 * seconds[name] * self.place.world / n})
+                         'ms per image': 1000 * seconds[name] * self.place.world / n})
         return rows
 
     def latent_rows(self):
@@ -785,7 +785,7 @@ def by_gradient(flow, x):
 
 
 def by_likelihood(flow, x):
-    """Bayes' rule with equal priors, one forward a class: x (B, T, D) -> scores (B, classes)"""
+    """Bayes' rule with equal priors, one forward per class: x (B, T, D) -> scores (B, classes)"""
     return torch.stack([-flow.nll(x, torch.full((len(x),), c, device=x.device))
                         for c in range(flow.null_class)], dim=1)
 
@@ -794,7 +794,7 @@ CLASSIFIERS = {'gradient at softmax(0)': by_gradient, 'largest likelihood': by_l
 
 
 def distortion(image, recon, std):
-    """Two (b, 3, H, W) -> (b,) bits a pixel value: -log2 p(image | x), where p is Gaussian about recon. For
+    """Two (b, 3, H, W) -> (b,) bits per pixel value: -log2 p(image | x), where p is Gaussian about recon. For
     each value, as levels are 1 / 127.5 apart,
 
         -log2 p = ((image - recon)^2 / (2 std^2) + log(std sqrt(2 pi))) / log 2 + log2(127.5).

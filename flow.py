@@ -4,7 +4,7 @@ TARFlow (Zhai et al. 2024, arXiv:2412.06329) with two upgrades of SimFlow (arXiv
 appendix B): deep-shallow blocks as in STARFlow (Gu et al. 2025, arXiv:2506.06276), and adaLN-Zero
 class conditioning as in DiT (Peebles & Xie 2022, arXiv:2212.09748).
 
-Shapes: B images, T tokens, D channels a token, C width, H heads.  Every block is one affine map,
+Shapes: B images, T tokens, D channels per token, C width, H heads.  Every block is one affine map,
 
     image -> noise   z_t = (x_t - mu_t) * exp(-log_scale_t)    all t at once: training
     noise -> image   x_t = mu_t + exp(log_scale_t) * z_t       t = 1..T in turn: sampling
@@ -333,7 +333,7 @@ class Flow(nn.Module):
         return logdet - 0.5 * z.square().sum((1, 2))
 
     def nll(self, x, y):
-        """x (B, T, D), y (B,) -> (B,) -log p(x | y) in nats a dimension, omitting 0.5 log(2 pi)"""
+        """x (B, T, D), y (B,) -> (B,) -log p(x | y), nats per dimension, less 0.5 log(2 pi)"""
         return -self.log_prob(*self(x, y)) / x[0].numel()
 
     @torch.no_grad()

@@ -51,8 +51,8 @@ class SimFlow(nn.Module):
         return self.noise.add(mu, sigma, noise), mu, sigma
 
     def rate(self, nll, sigma):
-        """nll (B,), sigma a number or (B, T, D) -> (B,) KL(q(x | image) || p(x)), nats a dimension,
-        from one draw of x; bits a dimension times log 2 for dequantised pixels"""
+        """nll (B,), sigma a number or (B, T, D) -> (B,) KL(q(x | image) || p(x)), nats per
+        dimension, from one draw of x; bits per dimension times log 2 for dequantised pixels"""
         return nll - self.noise.entropy - log_sigma(sigma, nll)
 
     def forward(self, image, y, noise):
@@ -103,7 +103,7 @@ class Config:
     model: str = option('nano', 'preset: a row of PRESETS')
     data: str = option('imagenet/train', 'shapes, cifar10, fashion_mnist, or a folder or zip')
     out: str = option('out', 'output directory; an unfinished run found there is resumed')
-    image_size: int = option(256, 'pixels a side')
+    image_size: int = option(256, 'pixels per side')
     flip: bool | None = option(None, 'random mirror images; default: where the data allows')
     workers: int = option(8, 'data loading processes per GPU')
 
@@ -113,9 +113,9 @@ class Config:
     latent_norm: bool = option(True, "LayerNorm of each token's mu")
     latent_dim: int = option(64, 'channels of a token, D')
     vae_width: int = option(128, "channels of the VAE's first level")
-    vae_mults: tuple[int, ...] = option((1, 1, 2, 2, 4), 'multipliers of it, a level each')
-    vae_patch: int = option(1, 'pixels a side that the first level takes as one')
-    prior: str = option('flow', 'of the latents: flow, vp (volume preserving), or sit (diffusion)')
+    vae_mults: tuple[int, ...] = option((1, 1, 2, 2, 4), 'multipliers of --vae_width, one per level')
+    vae_patch: int = option(1, 'pixels per side that the first level takes as one')
+    prior: str = option('flow', 'what models the latents: flow, vp (no scales), or sit (diffusion)')
     width: int = option(1152, "width of the flow's transformers, C")
     heads: int = option(16, 'attention heads')
     layers: tuple[int, ...] = option((2, 2, 2, 2, 2, 46), 'layers of each block, image -> noise')
@@ -137,15 +137,15 @@ class Config:
     repa_weight: float = option(1.0, 'weight of the alignment')
     repa_block: int = option(3, 'block that is aligned, from 1 on, image -> noise')
     repa_layer: int = option(1, 'after which of its layers, from 1 on')
-    repa_width: int = option(2048, 'of the MLP between')
+    repa_width: int = option(2048, 'width of the MLP between flow and teacher')
     gan: float = option(0.1, 'weight of the adversarial loss; 0 is off')
     gan_start: int = option(0, 'first step with the adversarial loss')
     gan_adaptive: bool = option(True, 'scale --gan by the ratio of last-layer gradient norms')
     gan_lr: float = option(1e-4, 'learning rate of the discriminator')
-    gan_width: int = option(64, 'channels of its first layer')
-    gan_layers: int = option(3, 'its stride-2 layers')
+    gan_width: int = option(64, "channels of the discriminator's first layer")
+    gan_layers: int = option(3, "the discriminator's stride-2 layers")
 
-    batch_size: int = option(256, 'images a step, over all processes')
+    batch_size: int = option(256, 'images per step, over all processes')
     epochs: int = option(160, 'passes over the data, unless --steps is positive')
     steps: int = option(0, 'optimisation steps; 0: as many as the epochs take')
     stop_at: int = option(0, 'stop (and save) at this step, schedule unchanged; 0: run to the end')
@@ -158,12 +158,12 @@ class Config:
     clip: float = option(1.0, 'largest gradient norm')
     ema: float = option(0.9999, 'decay of the weight average')
     class_drop: float = option(0.1, 'probability of training without the class')
-    seed: int = option(0, 'of everything random')
+    seed: int = option(0, 'random seed')
 
     device: str = option('', 'cuda, mps, cpu; default: the best there is')
     dtype: str = option('', 'float32 or bfloat16 (autocast); default: bfloat16 if the GPU has it')
     compile: bool | None = option(None, 'torch.compile; default: on CUDA GPUs')
-    grad_accum: int = option(1, 'micro-batches a step')
+    grad_accum: int = option(1, 'micro-batches per step')
     grad_ckpt: bool = option(False, 'recompute activations in backward: slower, less memory')
     log_interval: int = option(100, 'steps between log lines')
     save_interval: int = option(2500, 'steps between checkpoints; 0: only at the end')
@@ -172,7 +172,7 @@ class Config:
 
     @property
     def factor(self):
-        """f, image pixels a side for one token"""
+        """f, image pixels per side for one token"""
         return self.vae_patch * 2 ** (len(self.vae_mults) - 1)
 
     @property
@@ -282,7 +282,7 @@ PRESETS = {
     'frozen': NANO | dict(freeze='vae'),
     'frozen_learned': LEARNED | dict(freeze='vae'),
     'starflow': LEARNED | dict(sigma=0.3, freeze='encoder'),
-    # Flows of pixels (TARFlow), the last one for bits a dimension of grey images:
+    # Flows of pixels (TARFlow), the last one for bits per dimension of grey images:
     'tarflow': TARFLOW,
     'tarflow_vp': TARFLOW | dict(prior='vp'),
     'tarflow_bits': TARFLOW | dict(latent_dim=16, noise='uniform', sigma=1 / 255, denoise=False,
@@ -312,7 +312,7 @@ PRIORS = {'flow': Flow, 'vp': VPFlow, 'sit': SiT}
 
 
 class Noise(NamedTuple):
-    """add: mu, sigma, eps ~ N(0, I) -> x.  entropy: of x given mu in nats a dimension, less
+    """add: mu, sigma, eps ~ N(0, I) -> x.  entropy: of x given mu in nats per dimension, less
     log sigma and 0.5 log(2 pi)"""
     add: typing.Callable
     entropy: float = 0.5
@@ -640,7 +640,7 @@ class DINOv2(nn.Module):
     registers: the frozen network whose features REPA and REPA-E align with.
 
     image (B, 3, H, W) in [-1, 1] -> (B, side * side, width) float32: the patch tokens after the
-    last norm, row by row. side: tokens a side, for any image size.
+    last norm, row by row. side: tokens per side, for any image size.
     """
     PATCH = 14
 
@@ -731,8 +731,8 @@ def load_teacher(path, side):
         return DINOv2(width, depth, width // 64, side).load(state)
     except DAMAGED as e:
         raise UserError(f'{path} is not the weights of DINOv2 ViT-S/14, B/14 or L/14 without '
-                        f"registers ({type(e).__name__}); name a good copy with --repa, or 'dinov2' "
-                        'to download one')
+                        f'registers ({type(e).__name__}); name a good copy with --repa, or '
+                        "'dinov2' to download one")
 
 
 def random_teacher(side, seed=0):

@@ -40,7 +40,7 @@ class Options:
                                        'jacobi, several at once until they no longer change')
     tol: float = option(1e-3, "jacobi's tolerance, relative change of a token: at 0.001 no pixel "
                               'was more than one level of 255 off, in float32')
-    seed: int = option(0, 'of the noise')
+    seed: int = option(0, 'random seed of the noise')
     batch_size: int = option(80, 'images at once in each process: more is faster, and more memory')
     out: str = option('', "X.png: a grid; X.npz: ADM's layout; X/: a new folder of PNGs; "
                           'default: grid.png beside --ckpt')

@@ -4,7 +4,7 @@
     python train.py --model S --data imagenet/train            one GPU
     torchrun --nproc_per_node=8 train.py --model XXL --data imagenet/train
 
-Writes to --out: ckpt.pt, log.csv, samples_*.png (EMA weights, a row a class) and recon_*.png
+Writes to --out: ckpt.pt, log.csv, samples_*.png (EMA weights, one row per class) and recon_*.png
 (originals above reconstructions). The same command, run again, resumes where it stopped.
 """
 import contextlib
@@ -85,8 +85,8 @@ def draw(config, classes, step, y, place):
 # -------------------------------------------------------------------------------------- the trainer
 
 class Trainer:
-    """Networks, optimizers and running averages: one step, and all that a checkpoint needs to go on
-    to the bit. lpips, teacher: the frozen networks, if not those that the configuration names."""
+    """Networks, optimizers and running averages: one step, and all that a bit-exact resume needs.
+    lpips, teacher: the frozen networks, if not those that the configuration names."""
 
     def __init__(self, config, classes, place, lpips=None, teacher=None):
         self.config, self.classes, self.place, self.step = config, classes, place, 0
@@ -345,7 +345,7 @@ def resume(trainer, data):
                         'must be one folder that all of them see')
     if not saved:
         return
-    refuse = (f'{path} was trained with %s; use those settings to go on with it, or another --out '
+    refuse = (f'{path} was trained with %s; use those settings to resume it, or another --out '
               'for a new run')
     was, now = saved['config'], dataclasses.asdict(trainer.config)
     for options in (was, now):                                     # a teacher's file may move
@@ -408,9 +408,9 @@ class Log:
 
 
 def save_pictures(trainer, data):
-    """samples_*.png: EMA weights, noise that never changes, a row a class. recon_*.png: originals
-    above the raw model's reconstructions of them, noise and all. Every process draws its share of
-    the samples."""
+    """samples_*.png: EMA weights, noise that never changes, one row per class. recon_*.png:
+    originals above the raw model's reconstructions of them, noise and all. Every process draws its
+    share of the samples."""
     config, place, step = trainer.config, trainer.place, trainer.step
     rows = min(10, trainer.classes) or 4
     labels = (torch.arange(rows) * trainer.classes // rows).repeat_interleave(8)
@@ -549,9 +549,9 @@ def print_plan(config):
              'batch': f'{config.batch_size} = {world} processes x {config.grad_accum} '
                       f'micro-batches x {config.batch_size // world // config.grad_accum} images',
              'steps': f'{steps:,} = {steps * config.batch_size / images:.1f} epochs',
-             'FLOPs an image': f'{train_flops(config, classes):.3g} (forward and backward)'}
+             'FLOPs per image': f'{train_flops(config, classes):.3g} (forward and backward)'}
     memory = predict_memory(config, classes, world)
-    rows['peak memory a process'] = (f'{sum(memory.values()) / 1e9:.2f} GB, not compiled; CUDA, '
+    rows['peak memory per process'] = (f'{sum(memory.values()) / 1e9:.2f} GB, not compiled; CUDA, '
                                      'cuDNN and fragmentation take more')
     rows |= {f'  {name}': f'{size / 1e9:.2f}' for name, size in memory.items()}
     print('\n'.join(f'{name:26}{value}' for name, value in rows.items()))
@@ -580,7 +580,7 @@ class Interrupt:
 
 
 class Meter:
-    """Where the time goes: images a second, share spent waiting for data, FLOP utilisation."""
+    """Where the time goes: images per second, share spent waiting for data, FLOP utilisation."""
 
     def __init__(self, config, classes, place):
         known = place.device.type == 'cuda' and place.dtype == torch.bfloat16

@@ -26,8 +26,8 @@ class VAE(nn.Module):
     constant entropy, a floor under the noise that no amount of training can remove (SimFlow
     sections 4.1 and A.3).
 
-    width, mults: channels of the first level and multipliers of all.  patch: pixels a side that the
-    first level takes as one (1 in the paper; more is what makes it fast on a CPU).  The
+    width, mults: channels of the first level and multipliers of all.  patch: pixels per side that
+    the first level takes as one (1 in the paper; more is what makes it fast on a CPU).  The
     down-sampling factor is f = patch * 2^(levels - 1).  latent_dim: D.  T = (image_size / f)^2
     tokens, row by row; images are square.  layer_norm: of each token's mu.
     """
@@ -55,8 +55,8 @@ class VAE(nn.Module):
 
 
 def encoder(width, mults, patch, out_dim):
-    """(B, 3, H, W) -> (B, out_dim, H/f, W/f): two ResBlocks a level; the lowest level attends after
-    each of them."""
+    """(B, 3, H, W) -> (B, out_dim, H/f, W/f): two ResBlocks per level; the lowest level attends
+    after each of them."""
     c = width
     layers = [nn.PixelUnshuffle(patch), nn.Conv2d(3 * patch ** 2, c, 3, padding=1)]
     for i, mult in enumerate(mults):
@@ -69,7 +69,7 @@ def encoder(width, mults, patch, out_dim):
 
 
 def decoder(width, mults, in_dim):
-    """(B, in_dim, H/f, W/f) -> (B, width * mults[0], H/patch, W/patch): three ResBlocks a level,
+    """(B, in_dim, H/f, W/f) -> (B, width * mults[0], H/patch, W/patch): three ResBlocks per level,
     attention in the middle only."""
     c = width * mults[-1]
     layers = [nn.Conv2d(in_dim, c, 3, padding=1), *middle(c)]

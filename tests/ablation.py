@@ -92,7 +92,7 @@ def train(row, seed, data, out):
 
 @torch.no_grad()
 def measure(path, held_out, n=500):
-    """-> PSNR of both reconstructions in dB, std of mu over images, nll in nats and rate in bits a dimension"""
+    """-> PSNR of both reconstructions in dB, std of mu over images, nll in nats and rate in bits per dimension"""
     model, config, names = load_model(path)
     data = open_data(held_out)
     index = np.random.default_rng(0).permutation(len(data))[:n]
@@ -197,7 +197,7 @@ def main(argv):
             results[f'{row}_{seed}'] = run(row, seed, train_zip, held_out, judge, args.out)
             print(row, seed, results[f'{row}_{seed}'], flush=True)
     print(table(results, args.rows, args.seeds))
-    print(f'independent pixels: {histogram_bits(train_zip, held_out):.2f} bits a dimension')
+    print(f'independent pixels: {histogram_bits(train_zip, held_out):.2f} bits per dimension')
 
 
 if __name__ == '__main__':

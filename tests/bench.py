@@ -323,7 +323,7 @@ def section_vae(machine, args):
         gemm, gemm_flops = gemms(machine, rows_gemm, 384)
         t = machine.times({'vae': vae_step(vae, image, noise), 'layers': conv_calls(vae, image, noise), 'gemm': gemm})
         rate = counter.get_total_flops() / t['vae']
-        rows.append({'VAE': name, 'batch': batch, 'pixels a side': size, 's': t['vae'], 'GFLOP/s': rate / 1e9,
+        rows.append({'VAE': name, 'batch': batch, 'pixels per side': size, 's': t['vae'], 'GFLOP/s': rate / 1e9,
                      'share of its convolutions alone': t['layers'] / t['vae'],
                      'share of GEMM': rate * t['gemm'] / gemm_flops})
     return show('The VAE, forward and backward', rows)

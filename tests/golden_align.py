@@ -13,7 +13,7 @@ import torch
 from golden_evaluate import FOLDER, images, key_hash
 
 WIDTH, DEPTH = 768, 2                                              # ViT-B/14, of which two blocks will do
-GRIDS = {16: 240, 32: 500}                                         # tokens a side: size of the images
+GRIDS = {16: 240, 32: 500}                                         # tokens per side: size of the images
 SIDES = (8, 16, 32, 37, 40)                                        # that the position table is resampled to
 
 

@@ -1,4 +1,4 @@
-"""evaluate.py: one property a test. Golden numbers are made by golden_evaluate.py."""
+"""evaluate.py: one property per test. Golden numbers are made by golden_evaluate.py."""
 import dataclasses
 import json
 import os
@@ -572,7 +572,7 @@ def test_classify_reports_both(tiny, capsys):
     rows = run(capsys, '--ckpt', ckpt, '--classify', tiny / 'images')['rows']
     assert [row['classifier'] for row in rows] == list(evaluate.CLASSIFIERS)
     assert all(0 <= row[name] <= 1 for row in rows for name in ('accuracy', 'centred'))
-    assert all(row['ms an image'] > 0 and row['n'] == 30 for row in rows)
+    assert all(row['ms per image'] > 0 and row['n'] == 30 for row in rows)
     with pytest.raises(UserError, match='--classify'):
         evaluate.main(['--ckpt', str(ckpt), '--classify', str(save_npz(tiny / 'data.npz', golden.images(1, 20, 16)))])
 

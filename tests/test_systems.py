@@ -107,7 +107,7 @@ def test_frozen_parts_are_those_of_stage_one(tmp_path, preset, stage_one, still,
                      (tmp_path / 'elsewhere.pt', tmp_path / 'two' / 'ckpt.pt', tmp_path / 'cut' / 'ckpt.pt')]
     for name, value in two['model'].items():
         part = name.split('.')[1]
-        assert torch.equal(value, cut['model'][name])                        # and it resumes to the bit
+        assert torch.equal(value, cut['model'][name])                        # and it resumes bit for bit
         if part in still:
             assert torch.equal(value, one['ema'][name])
         if part in moving and name.endswith('weight'):
@@ -177,7 +177,7 @@ def test_guidance_is_the_presets_unless_another_is_asked_for(monkeypatch, tmp_pa
 
 
 def guided_slowly(flow, z, y, cfg, guidance):
-    """The definition: every block, two passes a token, everything read again each time."""
+    """The definition: every block, two passes per token, everything read again each time."""
     for block in reversed(flow.blocks):
         z, w = block.order(z), cfg if guidance.every_block or block is flow.blocks[-1] else 0.0
         x = z.clone()
@@ -370,7 +370,7 @@ def test_sit_is_guided_on_velocities(monkeypatch):
 
 @pytest.mark.parametrize('preset', NANO_SIZED)
 def test_presets_train_sample_and_resume(tmp_path, preset):
-    """Four steps are two and two, to the bit, and images come out."""
+    """Four steps are two and two, bit for bit, and images come out."""
     more = dict(steps=4, sample_interval=4, log_interval=1, save_interval=2)
     if PRESETS[preset].get('freeze'):
         stage_one = 'vae_learned' if PRESETS[preset].get('codec') == 'learned' else 'vae'

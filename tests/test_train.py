@@ -44,7 +44,7 @@ def read_log(out):
 
 
 def same(a, b):
-    """Equal to the bit, all the way down."""
+    """Equal bit for bit, all the way down."""
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
     if isinstance(a, dict):
@@ -333,7 +333,7 @@ def test_what_a_run_leaves(tmp_path):
     train.main([*TINY, '--steps', '4', '--log_interval', '2', '--sample_interval', '2', '--out', str(tmp_path)])
     assert sorted(os.listdir(tmp_path)) == ['ckpt.pt', 'log.csv', *(f'{kind}_{step:07d}.png' for kind in
                                             ('recon', 'samples') for step in (2, 4))]
-    assert Image.open(tmp_path / 'samples_0000004.png').size == (8 * 16, 10 * 16)        # a row a class
+    assert Image.open(tmp_path / 'samples_0000004.png').size == (8 * 16, 10 * 16)        # one row per class
     originals = np.asarray(Image.open(tmp_path / 'recon_0000004.png'))[:16]
     assert originals.shape == (16, 16 * 16, 3) and originals.std() > 10
     row = read_log(tmp_path)[-1]
@@ -361,7 +361,7 @@ def test_dry_run(size, capsys):
     fewer = [] if 'data' in PRESETS[size] else ['--layers', '1,1,1']
     train.main(['--model', size, '--dry_run', '1', '--init', 'later.pt', *fewer])
     plan = capsys.readouterr().out
-    for word in ('flow parameters', 'VAE parameters', 'tokens', 'batch', 'steps', 'FLOPs an image', 'peak memory a process'):
+    for word in ('flow parameters', 'VAE parameters', 'tokens', 'batch', 'steps', 'FLOPs per image', 'peak memory per process'):
         assert word in plan
     assert 'data' in PRESETS[size] or '1000 classes' in plan and '800,730 = 160.0 epochs' in plan
 
