@@ -38,7 +38,7 @@ class SimFlow(nn.Module):
     def __init__(self, config, classes):
         super().__init__()
         c = config
-        self.vae = CODECS[c.codec](c)
+        self.vae = build_codec(c)
         self.flow = PRIORS[c.prior](c.latent_dim, c.tokens, c.width, c.heads, c.layers, classes)
         self.noise, self.guidance, self.denoise = NOISE[c.noise], c.guidance, c.denoise
         if c.freeze:
@@ -113,7 +113,8 @@ class Config:
     latent_norm: bool = option(True, "LayerNorm of each token's mu")
     latent_dim: int = option(64, 'channels of a token, D')
     vae_width: int = option(128, "channels of the VAE's first level")
-    vae_mults: tuple[int, ...] = option((1, 1, 2, 2, 4), 'multipliers of --vae_width, one per level')
+    vae_mults: tuple[int, ...] = option((1, 1, 2, 2, 4), 'multipliers of --vae_width, a number '
+                                                         'per level')
     vae_patch: int = option(1, 'pixels per side that the first level takes as one')
     prior: str = option('flow', 'what models the latents: flow, vp (no scales), or sit (diffusion)')
     width: int = option(1152, "width of the flow's transformers, C")
@@ -298,35 +299,47 @@ PRESETS = {
 
 # ----------------------------------------------------------------------------------------- siblings
 
-def configured(vae):
-    return lambda c: vae(c.vae_width, c.vae_mults, c.vae_patch, c.latent_dim, c.sigma,
-                         c.latent_norm)
-
-
-CODECS = {
-    'vae': configured(VAE),
-    'learned': configured(LearnedVAE),
-    'pixels': lambda c: Pixels(c.vae_patch, c.latent_dim, c.sigma),
-}
+CODECS = {'vae': VAE, 'learned': LearnedVAE, 'pixels': Pixels}
 PRIORS = {'flow': Flow, 'vp': VPFlow, 'sit': SiT}
 
 
+def build_codec(c):
+    """Config -> image <-> latents, a row of CODECS"""
+    if c.codec == 'pixels':
+        return Pixels(c.vae_patch, c.latent_dim, c.sigma)
+    return CODECS[c.codec](c.vae_width, c.vae_mults, c.vae_patch, c.latent_dim, c.sigma,
+                           c.latent_norm)
+
+
+# Kinds of noise: mu, sigma, eps ~ N(0, I) -> x (SimFlow's Table 6). The paper does not say what its
+# t is; here the noise has std sigma in the first three.
+
+def additive(mu, sigma, eps):
+    return mu + sigma * eps
+
+
+def linear(mu, sigma, eps):
+    return (1 - sigma) * mu + sigma * eps
+
+
+def slerp(mu, sigma, eps):
+    return math.sqrt(1 - sigma ** 2) * mu + sigma * eps
+
+
+def uniform(mu, sigma, eps):
+    """On mu +- sigma: dequantisation, for which levels are 2 / 255 apart"""
+    return mu + sigma * torch.erf(eps / math.sqrt(2))
+
+
 class Noise(NamedTuple):
-    """add: mu, sigma, eps ~ N(0, I) -> x.  entropy: of x given mu in nats per dimension, less
-    log sigma and 0.5 log(2 pi)"""
+    """add: a function above.  entropy: of x given mu in nats per dimension, less log sigma and
+    0.5 log(2 pi)"""
     add: typing.Callable
     entropy: float = 0.5
 
 
-# SimFlow's Table 6. The paper does not say what its t is; here the noise has std sigma in all rows.
-# Uniform on mu +- sigma is for dequantisation: levels are 2 / 255 apart.
-NOISE = {
-    'additive': Noise(lambda mu, sigma, eps: mu + sigma * eps),
-    'linear': Noise(lambda mu, sigma, eps: (1 - sigma) * mu + sigma * eps),
-    'slerp': Noise(lambda mu, sigma, eps: math.sqrt(1 - sigma ** 2) * mu + sigma * eps),
-    'uniform': Noise(lambda mu, sigma, eps: mu + sigma * torch.erf(eps / math.sqrt(2)),
-                     math.log(2) - 0.5 * math.log(2 * math.pi)),
-}
+NOISE = {'additive': Noise(additive), 'linear': Noise(linear), 'slerp': Noise(slerp),
+         'uniform': Noise(uniform, math.log(2) - 0.5 * math.log(2 * math.pi))}
 
 
 class Aligned(SimFlow):
@@ -373,18 +386,22 @@ def generative_pass(flow, inputs, z, y, block):
     return z
 
 
+def forward_pass(flow, inputs, z, y, block):
+    return inputs[block - 1]
+
+
+def detached_pass(flow, inputs, z, y, block):
+    return inputs[block - 1].detach()
+
+
 # The input of the aligned block, (B, T, D), with different pasts:
 #     forward           the image's encoder and the blocks before (REPA-E, Leng et al. 2025,
 #                       arXiv:2504.10483): their weights get gradients, too
 #     reverse           none (R-REPA, Chen et al. 2025, as printed): the layers before the features
 #                       in the block itself get all the gradient
 #     reverse_through   the generative pass: so do all weights of this and the deeper blocks
-ALIGN = {
-    '': None,
-    'forward': lambda flow, inputs, z, y, block: inputs[block - 1],
-    'reverse': lambda flow, inputs, z, y, block: inputs[block - 1].detach(),
-    'reverse_through': generative_pass,
-}
+ALIGN = {'': None, 'forward': forward_pass, 'reverse': detached_pass,
+         'reverse_through': generative_pass}
 TABLES = {'codec': CODECS, 'noise': NOISE, 'prior': PRIORS, 'guidance': GUIDANCE, 'align': ALIGN,
           'freeze': ('', 'encoder', 'vae')}
 

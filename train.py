@@ -623,6 +623,11 @@ def write_row(trainer, log, meter, lr, steps):
     trainer.place.print('  '.join([f'step {trainer.step}/{steps}', *shown]))
 
 
+def is_due(interval, step):
+    """0: never"""
+    return interval > 0 and step % interval == 0
+
+
 def train(config, data, place):
     """Train to the end, to --stop_at or to a signal -> the signal's number, or 0. UserError if
     --out holds another run, SystemExit if no step is finite any more."""
@@ -650,12 +655,12 @@ def train(config, data, place):
             bar.update()
             stopped = place.max(interrupt.signal)
             ends = trainer.step == last
-            due = lambda every: every and (ends or trainer.step % every == 0)
             if trainer.step % config.log_interval == 0:
                 write_row(trainer, log, meter, lr, steps)
-            if due(config.save_interval) or stopped or ends:       # before the pictures: a second
-                save(trainer, data)                                # signal may be a kill
-            if due(config.sample_interval):
+            # Before the pictures, as a kill may follow the signal.
+            if stopped or ends or is_due(config.save_interval, trainer.step):
+                save(trainer, data)
+            if config.sample_interval and (ends or is_due(config.sample_interval, trainer.step)):
                 save_pictures(trainer, data)
     return stopped
 
