@@ -95,7 +95,9 @@ def ramp(mode):
 def test_mode_becomes_rgb(tmp_path, mode, name, slack):
     grey = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
     image = grey.convert('P') if mode == 'P' else grey.convert('RGB').convert(mode)
-    pixels = load_one(tmp_path, name, image.save)
+    # Compressed, as Pillow 12.3, the last one for Python 3.10, can't read what it writes as YCbCr.
+    more = {'compression': 'tiff_lzw'} if name.endswith('tif') else {}
+    pixels = load_one(tmp_path, name, functools.partial(image.save, **more))
     assert pixels.shape == (16, 16, 3)
     assert np.abs(pixels - np.asarray(grey)[..., None].astype(int)).max() <= slack
 
