@@ -67,8 +67,10 @@ def rgb(image):
     8 bits are taken to be of 16, floats to end at 1, 255 or 65535: the first that none exceeds."""
     if image.mode.startswith(('I', 'F')):                          # Pillow would clip at 255
         values = np.nan_to_num(np.asarray(image, float))
-        whole = values.max() > 255 or image.mode.startswith('I')
-        top = 65535 if whole else 255 if values.max() > 1 else 1
+        if image.mode.startswith('I') or values.max() > 255:
+            top = 65535
+        else:
+            top = 255 if values.max() > 1 else 1
         image = Image.fromarray(np.uint8(values.clip(0, top) * (255 / top) + 0.5))
     if image.has_transparency_data:
         image = image.convert('RGBA')
@@ -79,9 +81,10 @@ def rgb(image):
 def crop(image, size):
     """PIL image, RGB -> (size, size, 3) uint8: the middle square, scaled as in ADM (Dhariwal & Nichol 2021),
     as published FID statistics are. JPEG's own down-scaling would be faster, but gives other pixels."""
-    if max(image.size) / min(image.size) * size ** 2 > 2 ** 26:    # a thread: enlarged whole, it would
-        short = min(image.size)                                    # take gigabytes
-        image = ImageOps.fit(image, [min(side, 4 * short) for side in image.size], Image.Resampling.NEAREST)
+    # Of an image as thin as a thread only the middle is enlarged: the whole would take gigabytes.
+    if max(image.size) / min(image.size) * size ** 2 > 2 ** 26:
+        middle = [min(side, 4 * min(image.size)) for side in image.size]
+        image = ImageOps.fit(image, middle, Image.Resampling.NEAREST)
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
@@ -250,9 +253,10 @@ def number_or_name(name):
 def notes_on(others, root, kinds):
     """Names of files that are no images, the folder around everything, the class of each image ->
     sentences about what was left out"""
-    others = [name[len(root):] for name in others if name.startswith(root) and not is_hidden(name)]
-    endings = collections.Counter(posixpath.splitext(name)[1] or 'without an ending' for name in sorted(others))
-    empty = {name.split('/')[0] for name in others if '/' in name} - set(kinds) - {''}
+    others = sorted(name for name in others if not is_hidden(name))
+    endings = collections.Counter(posixpath.splitext(name)[1] or 'without an ending' for name in others)
+    below = [name[len(root):] for name in others if name.startswith(root)]
+    empty = {name.split('/')[0] for name in below if '/' in name} - set(kinds)
     notes = []
     if others:
         counts = ', '.join(f'{n} {ending}' for ending, n in endings.most_common(9))

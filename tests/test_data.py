@@ -246,6 +246,11 @@ def test_other_files_are_ignored(tmp_path, six):
         assert d.notes[1] == 'folders ignored, as they hold no images: cow, x' and six.notes == []
 
 
+def test_what_lies_beside_the_only_class_is_said(tmp_path):
+    d = open_data(write_folder(tmp_path / 'x', files(['cat/1.png', 'cat/2.png']) | {'dog/1.heic': b'?'}))
+    assert len(d) == 2 and d.notes == ['files ignored, as their names are not those of images: 1 .heic']
+
+
 def test_names_of_windows_and_others(tmp_path, six):
     odd = ['bird\\1.png', './bird/2.png', '/cat/1.png', 'cat\\more\\2.png', './dog//1.png', 'dog/2.png']
     with zipfile.ZipFile(tmp_path / 'odd.zip', 'w') as z:
