@@ -32,6 +32,7 @@ import signal
 import struct
 import sys
 import tarfile
+import threading
 import typing
 import urllib.request
 import uuid
@@ -330,11 +331,22 @@ def as_it_is(item):
 
 
 def leave_group(worker):
-    """Ctrl-C and a scheduler's SIGTERM reach all processes of a group; the main one alone is to answer. It
-    ends its workers by SIGTERM itself, so they must not ignore that."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """A terminal's Ctrl-C and a scheduler's signals reach all processes; the main one alone is to
+    answer, and then needs its loading processes to the end of the step. They obey its SIGTERM."""
+    for name in ('SIGINT', 'SIGHUP', 'SIGUSR1', 'SIGUSR2'):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(os, 'setsid'):
         os.setsid()
+    if hasattr(signal, 'sigwaitinfo'):                             # neither Windows nor Macs
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=obey_parent, daemon=True).start()
+
+
+def obey_parent():
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 class Steps(Dataset):

@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import io
 import json
+import multiprocessing
 import os
 import pickle
 import signal
@@ -706,6 +707,24 @@ def alive(pid):
         return open(f'/proc/{pid}/stat').read().split()[2] != 'Z'
     except (ProcessLookupError, FileNotFoundError):
         return False
+
+
+@pytest.mark.skipif(not hasattr(signal, 'sigwaitinfo'), reason='a Mac cannot tell who sent a signal')
+def test_loading_processes_obey_nobody_but_their_parent(shapes):
+    """A scheduler signals every process of a job, and the step in which that happens must still get its images."""
+    order = data.load(data.Steps(shapes, 8, 4, 0, False, 0, 1), range(8), workers=1)
+    first, worker = next(order), multiprocessing.active_children()[0]
+    for name in ('TERM', 'HUP', 'USR1', 'USR2', 'INT'):
+        subprocess.run(['kill', f'-{name}', str(worker.pid)], check=True)
+    assert len(list(order)) == 7 and len(first[1]) == 4
+    worker.join()
+    assert worker.exitcode == 0
+    order = data.load(data.Steps(shapes, 8, 4, 0, False, 0, 1), range(10 ** 9), workers=1)
+    worker = multiprocessing.active_children()[0]
+    next(order)
+    worker.terminate()                                             # by its parent
+    worker.join()
+    assert worker.exitcode == 0
 
 
 @pytest.mark.skipif(not os.path.exists('/proc/self/stat'), reason='looks into /proc')
