@@ -119,12 +119,11 @@ class Trainer:
             self.names += ['gan', 'd_weight', 'd_loss', 'logits_real', 'logits_fake', 'd_grad_norm']
         self.ddp = place.distribute(self.model)
         self.ddps = [self.ddp] + ([self.disc_ddp] if config.gan else [])
-        self.count, self.totals = 0, torch.zeros(len(self.names), device=place.device)
         self.reset()
 
     def reset(self):
         """A new row of the log begins: the sums over its steps, and which of them were skipped."""
-        self.count, self.totals = 0, torch.zeros_like(self.totals)
+        self.count, self.totals = 0, torch.zeros(len(self.names), device=self.place.device)
         self.skipped, self.broken_step = self.totals[0].long(), self.totals[0].long()
         self.broken = self.totals.bool()                           # terms, at the first one skipped
 
@@ -215,7 +214,7 @@ class Trainer:
 
     def update(self, terms, adversarial, lr):
         """Clip, step, average. If a term is not finite on some process, all of them skip the step:
-        weights, optimizers and averages stay as they are. The host never waits for a GPU."""
+        weights and optimizers stay as they are. The host never waits for a GPU."""
         c = self.config
         terms['grad_norm'] = nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
         if adversarial:
