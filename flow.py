@@ -4,17 +4,20 @@ TARFlow (Zhai et al. 2024, arXiv:2412.06329) with two upgrades of SimFlow (arXiv
 appendix B): deep-shallow blocks as in STARFlow (Gu et al. 2025, arXiv:2506.06276), and adaLN-Zero
 class conditioning as in DiT (Peebles & Xie 2022, arXiv:2212.09748).
 
-Shapes: B images, T tokens, D channels per token, C width, H heads.  Every block is one affine map,
+Shapes: B images, T tokens, D channels per token, C width, H heads. Every block is one affine map,
 
-    image -> noise   z_t = (x_t - mu_t) * exp(-log_scale_t)    all t at once: training
-    noise -> image   x_t = mu_t + exp(log_scale_t) * z_t       t = 1..T in turn: sampling
+    image -> noise   z_t = (x_t - mean_t) * exp(-log_scale_t)     all t at once: training
+    noise -> image   x_t = mean_t + exp(log_scale_t) * z_t        t = 1..T in turn: sampling
 
-where a causal transformer computes mu_t and log_scale_t from x_<t and the class.
+where a causal transformer computes mean_t and log_scale_t from x_<t and the class.
 
-Below the flow stand its siblings: VPFlow, without scales, and SiT, a diffusion model in its place.
+Below the flow stand its siblings: decoding several tokens at once, VPFlow, which has no scales, and
+SiT, a diffusion model in the flow's place.
 """
 import contextlib
+import math
 from typing import Callable, NamedTuple
+import warnings
 
 import torch
 from torch import nn
@@ -24,29 +27,8 @@ from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------------------------------------------------- the transformer
 
-class Cache:
-    """Keys and values of one attention layer for the tokens that have been read. It belongs to the
-    call that samples. `mask` (T, T) is added to the scores and lends device and dtype; queries are
-    divided by tau (B, 1, 1, 1), if there is one."""
-
-    def __init__(self, batch, heads, head_dim, mask, tau):
-        self.kv = mask.new_empty(2, batch, heads, len(mask), head_dim)
-        self.mask, self.tau = mask, tau
-
-    def attend(self, q, kv, start):
-        """Queries (B, H, n, C/H), keys and values (2, B, H, n, C/H) of tokens start..start+n-1 ->
-        (B, H, n, C/H): what these see of one another and of the tokens before them"""
-        end = start + q.shape[2]
-        self.kv[:, :, :, start:end] = kv
-        k, v = self.kv[:, :, :, :end]
-        q = q if self.tau is None else q / self.tau
-        mask = self.mask[start:end, :end] if q.shape[2] > 1 else None       # one sees all others
-        return F.scaled_dot_product_attention(q, k, v, mask)
-
-
 class Attention(nn.Module):
-    """(B, n, C) -> (B, n, C). With a cache the n tokens are those from `start` on, and also see the
-    ones before."""
+    """Multi-head self-attention, (B, n, C) -> (B, n, C)."""
 
     def __init__(self, width, heads, causal):
         super().__init__()
@@ -54,44 +36,21 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, h, cache=None, start=0):
+    def forward(self, h, cache=None, window=None):
         qkv = self.qkv(h).unflatten(-1, (3, self.heads, -1))       # (B, n, 3, H, C/H)
-        if cache is not None:
-            q, k, v = qkv = qkv.permute(2, 0, 3, 1, 4)
-            r = cache.attend(q, qkv[1:], start)
-        else:                                                      # unbind first: its gradient is
-            q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))      # then made in place
+        if window is None:
+            # unbind comes first, as its gradient is then made in place.
+            q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))      # (B, H, n, C/H)
             r = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        return self.proj(r.transpose(1, 2).reshape(h.shape))
-
-
-@contextlib.contextmanager
-def by_columns(layers, rows):
-    """Inside, the weights of `layers` lie in memory transposed, which changes no result but by
-    rounding: a CPU then multiplies from 4 to 16 rows, as sampling has them, 1.2 to 2 times as fast.
-    Fewer are left alone, as they would be slower."""
-    linears = [m for name, m in layers.named_modules() if isinstance(m, nn.Linear) and rows >= 4
-               and not name.endswith('ada') and m.weight.device.type == 'cpu']
-    weights = [linear.weight.data for linear in linears]
-    try:
-        for linear, weight in zip(linears, weights):
-            linear.weight.data = weight.t().contiguous().t()
-        yield
-    finally:
-        for linear, weight in zip(linears, weights):
-            linear.weight.data = weight
-
-
-def modulate(h, shift, scale):
-    """LayerNorm without affine, then the class's own affine (adaLN): h (B, n, C), shift and scale
-    (B, 1, C) -> (B, n, C)"""
-    return torch.addcmul(shift, F.layer_norm(h, h.shape[-1:], eps=1e-6), scale)
+        else:
+            qkv = qkv.permute(2, 0, 3, 1, 4)                       # (3, B, H, n, C/H)
+            r = window.attend(qkv[0], qkv[1:], cache)
+        return self.proj(r.transpose(1, 2).flatten(2))
 
 
 class Layer(nn.Module):
-    """Pre-norm attention and MLP, (B, n, C) -> (B, n, C); shifts, scales and gates, 6 x (B, 1, C),
-    come from the class, and the zero-initialised gates make a new layer the identity (adaLN-Zero).
-    """
+    """Pre-norm attention and MLP, (B, n, C) -> (B, n, C). Shifts, scales and gates come from the
+    class, and the zero-initialised gates make a new layer the identity (adaLN-Zero)."""
 
     def __init__(self, width, heads, causal):
         super().__init__()
@@ -100,17 +59,25 @@ class Layer(nn.Module):
                                  nn.Linear(4 * width, width))
         self.ada = nn.Linear(width, 6 * width)
 
-    def forward(self, h, ada, cache=None, start=0):
-        shift1, scale1, gate1, shift2, scale2, gate2 = ada
-        h = torch.addcmul(h, gate1, self.attn(modulate(h, shift1, scale1), cache, start))
+    def forward(self, h, modulation, cache=None, window=None):
+        """modulation: of `Transformer.condition`, 6 x (B, 1, C)"""
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation
+        h = torch.addcmul(h, gate1, self.attn(modulate(h, shift1, scale1), cache, window))
         return torch.addcmul(h, gate2, self.mlp(modulate(h, shift2, scale2)))
 
 
+def modulate(h, shift, scale):
+    """LayerNorm without affine, then the class's own affine map: h (B, n, C), shift and scale
+    (B, 1, C) -> (B, n, C)"""
+    return torch.addcmul(shift, F.layer_norm(h, h.shape[-1:], eps=1e-6), scale)
+
+
 class Transformer(nn.Module):
-    """Tokens (B, n, dim) and their class -> (B, n, out_dim), zero at first as the head is zero."""
+    """Tokens (B, n, dim) of a class -> (B, n, out_dim); zero at first, as the head is zero."""
 
     def __init__(self, dim, out_dim, tokens, width, heads, layers, classes, causal=True):
         super().__init__()
+        self.null_class = classes
         self.grad_ckpt = False                                     # recompute layers in backward?
         self.proj_in = nn.Linear(dim, width)
         self.pos = nn.Parameter(torch.randn(tokens, width) * 0.02)
@@ -124,68 +91,80 @@ class Transformer(nn.Module):
         for linear in [self.ada, self.proj_out, *(layer.ada for layer in self.layers)]:
             nn.init.zeros_(linear.weight)
 
-    def embed(self, y):
-        """Class indices (B,), or weights of the classes (B, classes), "no class" not among them ->
-        (B, C)"""
-        return self.classes(y) if y.dim() == 1 else y @ self.classes.weight[:-1]
-
-    def condition(self, embedding):
-        """(B, C) -> all that the layers, and at last the head, want to know of it: for each a list
-        of (B, 1, C). Once a call, not once a token."""
-        cond = F.silu(embedding)
-        ada = [layer.ada(cond).unsqueeze(1).chunk(6, dim=-1) for layer in self.layers]
+    def condition(self, y, time=0.0):
+        """Class indices y (B,), or weights (B, classes) of all but "no class"; time (B, C) of
+        diffusion -> what each layer and then the head want to know of them: lists of (B, 1, C)"""
+        embedding = self.classes(y) if y.dim() == 1 else y @ self.classes.weight[:-1]
+        cond = F.silu(embedding + time)                            # (B, C)
+        modulations = []
+        for layer in self.layers:
+            s1, c1, g1, s2, c2, g2 = layer.ada(cond).unsqueeze(1).chunk(6, dim=-1)
+            modulations.append((s1, 1 + c1, g1, s2, 1 + c2, g2))
         shift, scale = self.ada(cond).unsqueeze(1).chunk(2, dim=-1)
-        return [(s1, 1 + c1, g1, s2, 1 + c2, g2) for s1, c1, g1, s2, c2, g2 in ada] + [
-            (shift, 1 + scale)]
+        return modulations + [(shift, 1 + scale)]
 
-    def hidden(self, x, ada, depth, start=0, caches=None):
-        """Tokens from `start` on, x (B, n, dim) -> (B, n, C) after the first `depth` layers"""
-        h = self.proj_in(x) + self.pos[start:start + x.shape[1]]
-        for i, layer in enumerate(self.layers[:depth]):
-            if self.grad_ckpt and caches is None:
-                h = checkpoint(layer, h, ada[i], use_reentrant=False)
+    def forward(self, x, modulations, caches=None, window=None):
+        """x (B, n, dim) -> (B, n, out_dim) float32. All tokens, or with a window those in it."""
+        pos = self.pos[:x.shape[1]] if window is None else self.pos.index_select(0, window.at)
+        h = self.proj_in(x) + pos                                  # (B, n, C)
+        for i, layer in enumerate(self.layers):
+            if window is not None:
+                h = layer(h, modulations[i], caches[i], window)
+            elif self.grad_ckpt:
+                h = checkpoint(layer, h, modulations[i], use_reentrant=False)
             else:
-                h = layer(h, ada[i], caches and caches[i], start)
-        return h
+                h = layer(h, modulations[i])
+        h = modulate(h, *modulations[-1])
+        # What follows, exp and an affine map, would lose too many digits in bfloat16.
+        with full_precision(h.device):
+            return self.proj_out(h.float())
 
-    def forward(self, x, ada, start=0, caches=None):
-        """Tokens from `start` on, x (B, n, dim), ada of `condition` -> (B, n, out_dim)"""
-        h = self.hidden(x, ada, len(self.layers), start, caches)
-        return self.proj_out(modulate(h, *ada[-1])).float()        # as exp and the affine map lose
-                                                                   # too many digits in bf16
 
-# -------------------------------------------------------------------------------------- guidance
+def full_precision(device):
+    """A context in which autocast lets float32 be."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
 
-def guide(mu_c, mu_u, log_scale_c, log_scale_u, cfg):
+
+# ---------------------------------------------------------------------------------------- guidance
+
+def guide(mean_c, mean_u, log_scale_c, log_scale_u, cfg):
     """Classifier-free guidance for Gaussians (STARFlow; SimFlow section 4.4): four tensors of one
-    shape, and cfg, a number or a tensor that fits (w below) -> mu, log_scale of that shape.
+    shape, and cfg, a number or a tensor that fits (w below) -> mean, log_scale of that shape.
 
-    N(mu_c, sigma_c)^(1+w) / N(mu_u, sigma_u)^w is again a Gaussian wherever its precision is
+    N(mean_c, sigma_c)^(1+w) / N(mean_u, sigma_u)^w is again a Gaussian wherever its precision is
     positive. With s = (sigma_c / sigma_u)^2, multiply the precision
     (1 + w) / sigma_c^2 - w / sigma_u^2 by sigma_c^2:
 
-        sigma^2 = sigma_c^2 / (1 + w - w s)      mu = ((1 + w) mu_c - w s mu_u) / (1 + w - w s)
+        sigma^2 = sigma_c^2 / (1 + w - w s)
+        mean = ((1 + w) mean_c - w s mean_u) / (1 + w - w s)
 
     Where sigma_c > sigma_u the product may have no finite integral; s is clipped to 1, which keeps
     the denominator at 1 or more. w = 0 returns the conditional unchanged.
     """
     s = torch.exp(2 * (log_scale_c - log_scale_u).clamp(max=0))
     precision = 1 + cfg - cfg * s                                  # in units of 1 / sigma_c^2
-    mu = ((1 + cfg) * mu_c - cfg * s * mu_u) / precision
-    return mu, log_scale_c - 0.5 * torch.log(precision)
+    mean = ((1 + cfg) * mean_c - cfg * s * mean_u) / precision
+    return mean, log_scale_c - 0.5 * torch.log(precision)
 
 
-def extrapolate(mu_c, mu_u, log_scale_c, log_scale_u, cfg):
+def extrapolate(mean_c, mean_u, log_scale_c, log_scale_u, cfg):
     """TARFlow's guidance: means and log-scales go w times the difference beyond the conditional
     ones. Shapes as in `guide`. Unlike there, nothing bounds the scale."""
-    return mu_c + cfg * (mu_c - mu_u), log_scale_c + cfg * (log_scale_c - log_scale_u)
+    return (mean_c + cfg * (mean_c - mean_u),
+            log_scale_c + cfg * (log_scale_c - log_scale_u))
 
 
 class Guidance(NamedTuple):
-    """rule: combines conditional and unconditional prediction.  every_block: not the deep one only.
-    anneal: weight rises in proportion to the number of tokens read.  tau: 0 - the unconditional
-    side is "no class"; else it is the same class at this attention temperature, which needs no
-    labels (1 would be no guidance)."""
+    """A row of GUIDANCE.
+
+    rule: combines the conditional and the unconditional prediction.
+    every_block: guide all blocks, not the deep one alone.
+    anneal: the weight rises in proportion to the number of tokens that were read.
+    tau: 0: the unconditional side is "no class". Else it is the same class at this attention
+    temperature, which needs no labels (1 would be no guidance).
+    """
     rule: Callable
     every_block: bool = False
     anneal: bool = False
@@ -200,108 +179,61 @@ GUIDANCE = {
 }
 
 
-# -------------------------------------------------------------------------------------- the flow
+# ---------------------------------------------------------------------------------------- the flow
 
-class Block(Transformer):
-    """One autoregressive affine map over the tokens, with everything it needs: its own positions
-    and classes.
+class Block(nn.Module):
+    """One autoregressive affine map over the tokens, with positions and classes of its own.
 
-    The transformer reads x_t at position t and predicts token t + 1 (TARFlow's convention), so the
-    token that is read first passes unchanged. Starts as the identity: log_scale = mu = 0.
+    backwards: read the grid right to left, bottom to top. Starts as the identity: mean and
+    log_scale are 0.
     """
 
-    def __init__(self, dim, tokens, width, heads, layers, classes, reverse):
-        super().__init__(dim, 2 * dim, tokens, width, heads, layers, classes)
-        self.reverse = reverse                                     # read right to left?
+    def __init__(self, dim, tokens, width, heads, layers, classes, backwards):
+        super().__init__()
+        self.backwards = backwards
+        self.transformer = Transformer(dim, 2 * dim, tokens, width, heads, layers, classes)
 
-    def order(self, x):
+    def reorder(self, x):
         """Grid order <-> the order in which this block reads; its own inverse."""
-        return x.flip(1) if self.reverse else x
+        return x.flip(1) if self.backwards else x
 
-    def predict(self, x, ada, start=0, caches=None):
-        """Tokens start..start+n-1 in reading order, x (B, n, D), ada of `condition` -> mu and
-        log_scale (B, n, D) of the tokens that follow each of them"""
-        return super().forward(x, ada, start, caches).chunk(2, dim=-1)
-
-    def features(self, x, y, depth):
-        """x (B, T, D) in grid order, y -> (B, T, C) after `depth` layers, in grid order"""
-        return self.order(self.hidden(self.order(x), self.condition(self.embed(y)), depth))
-
-    def shifted(self, x, y):
-        """x (B, T, D) in reading order -> mu, log_scale (B, T, D) of each token itself"""
-        return [F.pad(p[:, :-1], (0, 0, 1, 0))
-                for p in self.predict(x, self.condition(self.embed(y)))]
+    def split(self, out):
+        """What the transformer answers, (B, n, 2D) -> mean, log_scale (B, n, D)"""
+        return out.chunk(2, dim=-1)
 
     def forward(self, x, y):
         """image -> noise: x (B, T, D), y (B,) -> z (B, T, D), logdet (B,) = log |dz/dx|"""
-        x = self.order(x)
-        mu, log_scale = self.shifted(x, y)
-        z = (x - mu) * torch.exp(-log_scale)
-        return self.order(z), -log_scale.sum((1, 2))
+        x = self.reorder(x)
+        out = self.transformer(x, self.transformer.condition(y))   # (B, T, 2D)
+        mean, log_scale = self.split(shift(out))
+        z = (x - mean) * torch.exp(-log_scale)
+        return self.reorder(z), -log_scale.sum((1, 2))
 
-    def inverse(self, z, y, cfg=0.0, guidance=GUIDANCE['starflow'], window=1, tol=0.0):
-        """noise -> image: z (B, T, D), y (B,) -> x (B, T, D). cfg > 0 guides; with and without
-        guidance's degradation then go as one batch.
-
-        x_t = mu_t(x_<t) + exp(log_scale_t(x_<t)) z_t is solved `window` tokens at a time: iterate
-        x <- mu(x) + exp(log_scale(x)) z for all of them at once (Jacobi). That makes the first one
-        exact, and mostly brings several near their final values. The window then moves on past the
-        first, and past those that follow it and changed by at most `tol` of their norm, in all
-        images. Window 1 is the plain token by token; so is tol 0 with any window, but slower.
-        """
-        T, z, pair = z.shape[1], self.order(z), 2 if cfg else 1
-        weight = torch.full((T, 1), float(cfg), device=z.device)
-        if guidance.anneal:
-            weight *= torch.arange(1, T + 1, device=z.device).unsqueeze(1) / (T - 1)
-        ada, caches = self.prepare(z, y, pair, guidance.tau)
-        if tol:                                                    # rounding never stands still
-            tol = max(tol, torch.finfo(caches[0].mask.dtype).eps)
-        x, start = z.clone(), 0                                    # the first token stays
-        with by_columns(self.layers, rows=pair * len(z) * window):
-            while start < T - 1:
-                end = min(start + window, T - 1)
-                read, old = x[:, start:end], x[:, start + 1:end + 1]        # (B, n, D)
-                mu, log_scale = self.predict(torch.cat([read] * pair), ada, start, caches)
-                if cfg:
-                    mu, log_scale = guidance.rule(*mu.chunk(2), *log_scale.chunk(2),
-                                                  weight[start:end])
-                new = torch.addcmul(mu, torch.exp(log_scale), z[:, start + 1:end + 1])
-                final = leading(new, old, tol) if tol and end - start > 1 else 1
-                old.copy_(new)
-                start += final
-        return self.order(x)
-
-    def prepare(self, z, y, pair, tau):
-        """For a call that samples: z (B, T, D), y (B,) -> ada of `pair` x B images, empty caches"""
-        (B, T, _), heads = z.shape, self.layers[0].attn.heads
-        tau_of_row = None
-        like = self.proj_in(z[:1, :1])                             # carries autocast's dtype
-        if pair == 2:
-            other = y if tau else torch.full_like(y, self.classes.num_embeddings - 1)
-            y = torch.cat([y, other])
-            if tau:
-                tau_of_row = like.new_tensor([1.0] * B + [tau] * B).view(-1, 1, 1, 1)
-        mask = like.new_full((T, T), float('-inf')).triu(1)
-        caches = [Cache(pair * B, heads, like.shape[-1] // heads, mask, tau_of_row)
-                  for _ in self.layers]
-        return self.condition(self.embed(y)), caches
+    def inverse(self, z, y, cfg=0.0, guidance=GUIDANCE['starflow']):
+        """noise -> image, token by token: z (B, T, D), y (B,) -> x (B, T, D). cfg > 0 guides."""
+        decoder = Decoder(self, z, y, cfg, guidance)
+        with transposed_weights(self.transformer.layers, decoder.rows):
+            for length, tokens in decoder.pieces():
+                decoder.length = length
+                again = capture(decoder.step, z.device)
+                for _ in range(tokens - 1):
+                    again()
+        return self.reorder(decoder.x)
 
 
-def leading(new, old, tol):
-    """Two (B, n, D) -> how many of the first tokens differ by at most tol of their norm, in all
-    images; at least 1"""
-    same = (new - old).norm(dim=2) <= tol * new.norm(dim=2)        # (B, n)
-    return max(1, int(same.all(0).cumprod(0).sum()))
+def shift(out):
+    """(B, T, 2D) -> the same one token later. The transformer predicts token t + 1 at position t
+    (TARFlow's convention). Nothing predicts the first token: it gets 0, and passes unchanged."""
+    return F.pad(out[:, :-1], (0, 0, 1, 0))
 
 
 class Flow(nn.Module):
-    """Blocks in the direction image -> noise, reading left to right and right to left in turn. The
-    last one is the deep one in SimFlow's sizes: sampling runs it first, and it alone is guided.
+    """Blocks in the direction image -> noise, reading forwards and backwards in turn. The last one
+    is the deep one in SimFlow's sizes: sampling runs it first, and it alone is guided.
 
     layers: transformer layers of each block; with none at all the flow is the Gaussian N(0, I).
     classes: how many, 0 for data without labels; as a class index it means "no class".
     """
-
     Block = Block
 
     def __init__(self, dim, tokens, width, heads, layers, classes):
@@ -309,23 +241,19 @@ class Flow(nn.Module):
         self.shape = tokens, dim
         self.null_class = classes
         self.blocks = nn.ModuleList(
-            self.Block(dim, tokens, width, heads, n, classes, reverse=i % 2 == 1)
+            self.Block(dim, tokens, width, heads, n, classes, backwards=i % 2 == 1)
             for i, n in enumerate(layers))
 
-    def trace(self, x, y):
-        """x (B, T, D), y (B,) -> z (B, T, D), logdet (B,), and every block's input (B, T, D)"""
-        logdet, inputs = x.new_zeros(len(x), dtype=torch.float32), []
+    def forward(self, x, y, inputs=None):
+        """x (B, T, D), y (B,) class indices, or weights (B, classes) -> z (B, T, D), logdet (B,) =
+        log |dz/dx|. A list `inputs` gets each block's input (B, T, D)."""
+        logdet = x.new_zeros(len(x), dtype=torch.float32)
         for block in self.blocks:
-            inputs.append(x)
+            if inputs is not None:
+                inputs.append(x)
             x, logdet_block = block(x, y)
             logdet = logdet + logdet_block
-        return x, logdet, inputs
-
-    def forward(self, x, y):
-        """x (B, T, D), y (B,) class indices, or weights (B, classes) -> z (B, T, D), logdet (B,) =
-        log |dz/dx|"""
-        z, logdet, _ = self.trace(x, y)
-        return z, logdet
+        return x, logdet
 
     def log_prob(self, z, logdet):
         """z (B, T, D), logdet (B,) -> (B,) log p(x) in nats, summed over (T, D), without the
@@ -334,7 +262,8 @@ class Flow(nn.Module):
 
     def nll(self, x, y):
         """x (B, T, D), y (B,) -> (B,) -log p(x | y), nats per dimension, less 0.5 log(2 pi)"""
-        return -self.log_prob(*self(x, y)) / x[0].numel()
+        z, logdet = self(x, y)
+        return -self.log_prob(z, logdet) / x[0].numel()
 
     @torch.no_grad()
     def sample(self, z, y, cfg=0.0, guidance=GUIDANCE['starflow'], tol=0.0):
@@ -346,59 +275,233 @@ class Flow(nn.Module):
         """
         for block in reversed(self.blocks):
             deep = block is self.blocks[-1]
-            weight = cfg if deep or guidance.every_block else 0.0
-            window = WINDOW_DEEP if deep else WINDOW
-            if not tol or too_many(z.device, len(z), weight):
-                window = 1
-            z = block.inverse(z, y, weight, guidance, window, tol)
+            w = cfg if deep or guidance.every_block else 0.0
+            if tol and not jacobi_is_slower(z.device, len(z), w):
+                window = WINDOW_DEEP if deep else WINDOW
+                z = jacobi_inverse(block, z, y, w, guidance, window, tol)
+            else:
+                z = block.inverse(z, y, w, guidance)
         return z
 
     @torch.enable_grad()
     def score(self, x, y):
         """grad_x log p(x | y), log p summed over (T, D): x (B, T, D), y (B,) -> (B, T, D)"""
         x = x.detach().requires_grad_(True)
-        return torch.autograd.grad(self.log_prob(*self(x, y)).sum(), x)[0]
+        z, logdet = self(x, y)
+        return torch.autograd.grad(self.log_prob(z, logdet).sum(), x)[0]
 
-    def score_step(self, x, terms, micro_batch):
+    def score_step(self, x, terms):
         """x + sum of weight * score(x, y) over (weight, y) in terms: x (B, T, D), y (B,) ->
         (B, T, D). Moves all tokens at once through the whole flow.
 
             SimFlow, Eq. 6         (gamma, class), (-gamma, no class): also corrects what the guided
                                    deep block, one token after the other, could not see
             TARFlow, by Tweedie    (sigma^2, class): the mean of the clean data given noisy x
-
-        Backward keeps every layer's activations where sampling keeps keys and values alone: take
-        few images at a time. The terms of an image share a batch.
         """
-        weights, ys = zip(*terms)
         out = []
-        for x, *ys in zip(x.split(micro_batch), *(y.split(micro_batch) for y in ys)):
-            scores = self.score(torch.cat([x] * len(ys)), torch.cat(ys)).chunk(len(ys))
-            out.append(x + sum(weight * score for weight, score in zip(weights, scores)))
+        for part in self.score_batches(x, len(terms)):
+            ys = torch.cat([y[part] for _, y in terms])
+            scores = self.score(x[part].repeat(len(terms), 1, 1), ys).chunk(len(terms))
+            out.append(x[part] + sum(weight * score for (weight, _), score in zip(terms, scores)))
         return torch.cat(out)
 
+    def score_batches(self, x, terms):
+        """-> slices of the images x (B, T, D) whose activations fit: backward keeps all of them."""
+        hidden = sum(len(block.transformer.layers) * block.transformer.pos.numel()
+                     for block in self.blocks)                     # T x C x layers
+        size = max(1, SCORE_ELEMENTS // max(1, terms * hidden))
+        return [slice(i, i + size) for i in range(0, len(x), size)]
+
+
+# Hidden states, B x T x C x layers, of one batch of the score step; about 40 bytes each in
+# bfloat16, so 10 GB: 8 images of XXL, more of smaller flows.
+SCORE_ELEMENTS = 2 ** 28
+
+
+# -------------------------------------------------------------------------- decoding token by token
+
+class Window(NamedTuple):
+    """The n tokens that a block reads in one step of its inversion, and what they see.
+
+    at (n,): their positions.  mask (n, length): 0 for the tokens up to each of them, -inf for later
+    ones.  tau (B, 1, 1, 1): attention temperatures, if any.
+    """
+    at: torch.Tensor
+    mask: torch.Tensor
+    tau: torch.Tensor | None
+
+    def attend(self, q, kv, cache):
+        """q (B, H, n, C/H), kv (2, B, H, n, C/H) of these tokens, cache (2, B, H, T, C/H) of all ->
+        (B, H, n, C/H)"""
+        cache.index_copy_(3, self.at, kv)
+        k, v = cache[:, :, :, :self.mask.shape[1]]
+        q = q if self.tau is None else q / self.tau
+        return F.scaled_dot_product_attention(q, k, v, self.mask)
+
+
+class Decoder:
+    """A block that is being inverted: x (B, T, D) so far, in reading order, and the keys and values
+    of all layers. The next step reads the n tokens `at` (n,), and looks at the first `length`.
+
+    A step changes tensors in place, positions too, and never waits for the device, so that a CUDA
+    graph of one step can be replayed.
+    """
+
+    def __init__(self, block, z, y, cfg, guidance, n=1):
+        self.block, self.transformer, self.guidance = block, block.transformer, guidance
+        self.z = block.reorder(z)
+        self.x = self.z.clone()                                    # the first token stays
+        (B, T, _), self.length = z.shape, z.shape[1]
+        self.guided, self.tau = cfg > 0, None
+        like = self.transformer.proj_in(z[:1, :1])                 # has autocast's dtype
+        if self.guided:                                            # both halves as one batch
+            other = y if guidance.tau else torch.full_like(y, self.transformer.null_class)
+            y = torch.cat([y, other])
+            if guidance.tau:
+                self.tau = like.new_tensor([1.0] * B + [guidance.tau] * B).view(-1, 1, 1, 1)
+        self.modulations = self.transformer.condition(y)
+        self.rows = len(y) * n                                     # of every matrix product
+        heads = self.transformer.layers[0].attn.heads
+        self.caches = [like.new_zeros(2, len(y), heads, T, like.shape[-1] // heads)
+                       for _ in self.transformer.layers]
+        self.mask = like.new_full((T, T), float('-inf')).triu(1)
+        self.at = torch.arange(n, device=z.device)
+        self.weight = torch.full((T, 1), float(cfg), device=z.device)
+        if guidance.anneal:
+            self.weight *= torch.arange(1, T + 1, device=z.device).unsqueeze(1) / (T - 1)
+
+    def predict(self):
+        """-> x (B, n, D) of the tokens that follow those at `at`, given these and all before"""
+        x = self.x.index_select(1, self.at)
+        window = Window(self.at, self.mask.index_select(0, self.at)[:, :self.length], self.tau)
+        both = torch.cat([x, x]) if self.guided else x
+        out = self.transformer(both, self.modulations, self.caches, window)
+        mean, log_scale = self.block.split(out)
+        if self.guided:
+            weight = self.weight.index_select(0, self.at)          # (n, 1)
+            mean, log_scale = self.guidance.rule(*mean.chunk(2), *log_scale.chunk(2), weight)
+        return torch.addcmul(mean, torch.exp(log_scale), self.z.index_select(1, self.at + 1))
+
+    def step(self):
+        """One token is read, and the next one known."""
+        self.x.index_copy_(1, self.at + 1, self.predict())
+        self.at += 1
+
+    def pieces(self):
+        """-> (places that attention looks at, tokens to read with that) pairs. A CUDA graph looks
+        at a fixed number of places, of which the last ones may be empty yet: there are four."""
+        T = self.x.shape[1]
+        size = math.ceil(T / 4) if self.x.device.type == 'cuda' else 1
+        return [(min(t + size, T), min(size, T - 1 - t)) for t in range(0, T - 1, size)]
+
+
+def capture(step, device):
+    """Run step() -> a function that runs it again. On a GPU that is the replay of a CUDA graph, as
+    hundreds of small operations take longer to launch, one by one, than to compute."""
+    if device.type != 'cuda':
+        step()
+        return step
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        step()                                                     # libraries set themselves up
+        try:
+            graph.capture_begin()
+            step()                                                 # is recorded, and does not run
+            graph.capture_end()
+            again = graph.replay
+        except RuntimeError as e:
+            warnings.warn(f'no CUDA graph, decoding more slowly: {str(e).splitlines()[0]}')
+            again = step
+    torch.cuda.current_stream(device).wait_stream(stream)
+    return again
+
+
+@contextlib.contextmanager
+def transposed_weights(layers, rows):
+    """Inside, the weights of `layers` lie in memory transposed, which changes no result but by
+    rounding: a CPU then multiplies from 4 to 16 rows, as sampling has them, 1.2 to 2 times as fast.
+    Fewer are left alone, as they would be slower."""
+    linears = []
+    if rows >= 4 and next(layers.parameters()).device.type == 'cpu':
+        for layer in layers:
+            linears += [layer.attn.qkv, layer.attn.proj, layer.mlp[0], layer.mlp[2]]
+    weights = [linear.weight.data for linear in linears]
+    try:
+        for linear, weight in zip(linears, weights):
+            linear.weight.data = weight.t().contiguous().t()
+        yield
+    finally:
+        for linear, weight in zip(linears, weights):
+            linear.weight.data = weight
+
+
+# ---------------------------------------------------------- siblings: decoding many tokens at once
 
 # Tokens that Jacobi solves at once: about the fastest with trained flows of 64 and of 256 tokens.
 # The deep block ties neighbours so closely that those far ahead would be worked on in vain.
 WINDOW, WINDOW_DEEP = 64, 24
 # Jacobi has several times as much to compute, so a CPU with more images than these, guided ones
 # counted twice, is faster token by token.
-FEW = 4
+JACOBI_IMAGES = 4
 
 
-def too_many(device, images, cfg):
-    """For Jacobi to be the faster way, images at once on this device"""
-    return device.type == 'cpu' and images * (2 if cfg else 1) > FEW
+def jacobi_is_slower(device, images, cfg):
+    """than token by token, with so many images at once on this device"""
+    return device.type == 'cpu' and images * (2 if cfg else 1) > JACOBI_IMAGES
 
 
-# -------------------------------------------------------------------------------------- siblings
+class Jacobi(Decoder):
+    """A block that is being inverted `n` tokens at a time. known (): so many tokens are final."""
+
+    def __init__(self, block, z, y, cfg, guidance, n, tol):
+        super().__init__(block, z, y, cfg, guidance, n)
+        self.known = torch.ones((), dtype=torch.long, device=z.device)
+        # Rounding never stands still.
+        self.tol = max(tol, torch.finfo(self.mask.dtype).eps) if tol else 0.0
+        self.offsets = self.at.clone()
+
+    def step(self):
+        """x <- mean(x) + exp(log_scale(x)) z at all tokens of the window; then move it on."""
+        if self.x.device.type == 'cpu':                            # what comes later is masked
+            self.length = int(self.at[-1]) + 1
+        old, new = self.x.index_select(1, self.at + 1), self.predict()      # (B, n, D)
+        self.x.index_copy_(1, self.at + 1, new)
+        same = (new - old).norm(dim=2) <= self.tol * new.norm(dim=2)        # (B, n)
+        final = self.at[0] + 1 + same.all(0).cumprod(0).sum()
+        self.known.copy_(torch.maximum(self.known + 1, final))
+        last = self.x.shape[1] - 1 - len(self.at)
+        self.at.copy_(self.offsets + (self.known - 1).clamp(max=last))
+
+
+def jacobi_inverse(block, z, y, cfg, guidance, window, tol):
+    """As Block.inverse, `window` tokens at a time: z (B, T, D), y (B,) -> x (B, T, D).
+
+    An iteration makes the first unknown token exact, and mostly brings several near their final
+    values. The window then moves on past the first, and past those that follow it and changed by at
+    most `tol` of their norm, in all images. With tol 0 that is token by token, but slower.
+    """
+    T = z.shape[1]
+    if T == 1:
+        return z
+    decoder = Jacobi(block, z, y, cfg, guidance, min(window, T - 1), tol)
+    with transposed_weights(block.transformer.layers, decoder.rows):
+        again = capture(decoder.step, z.device)
+        while decoder.known.item() < T:                            # waits for the device
+            for _ in range(4 if z.device.type == 'cuda' else 1):
+                again()
+    return block.reorder(decoder.x)
+
+
+# -------------------------------------------------------------------------- siblings: other models
 
 class VPBlock(Block):
     """A volume preserving block: log_scale = 0, so the log-determinant is 0."""
 
-    def predict(self, x, ada, start=0, caches=None):
-        mu, log_scale = super().predict(x, ada, start, caches)
-        return mu, torch.zeros_like(log_scale)
+    def split(self, out):
+        mean, log_scale = super().split(out)
+        return mean, torch.zeros_like(log_scale)
 
 
 class VPFlow(Flow):
@@ -412,11 +515,11 @@ class VPFlow(Flow):
         self.register_buffer('variance', torch.ones(tokens, dim))
         self.squares = []                                          # of a step's micro-batches
 
-    def trace(self, x, y):
-        z, logdet, inputs = super().trace(x, y)
+    def forward(self, x, y, inputs=None):
+        z, logdet = super().forward(x, y, inputs)
         if self.training:
             self.squares.append(z.detach().square().mean(0))
-        return z, logdet, inputs
+        return z, logdet
 
     def track(self, mean, failed):
         """End a training step; mean: in place, over processes. One that failed (1) is left out."""
@@ -441,7 +544,6 @@ class SiT(Transformer):
     def __init__(self, dim, tokens, width, heads, layers, classes):
         super().__init__(dim, dim, tokens, width, heads, sum(layers), classes, causal=False)
         self.shape = tokens, dim
-        self.null_class = classes
         self.time = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
     def velocity(self, x, t, y):
@@ -449,7 +551,7 @@ class SiT(Transformer):
         frequencies = 1000 * 10_000 ** (-torch.arange(128, device=x.device) / 128)
         angles = t.unsqueeze(1) * frequencies                      # (B, 128)
         time = self.time(torch.cat([angles.cos(), angles.sin()], dim=1))
-        return self(x, self.condition(self.embed(y) + time))
+        return self(x, self.condition(y, time))
 
     def nll(self, x, y):
         """x (B, T, D), y (B,) -> (B,) mean squared error of the velocity at a random time, from

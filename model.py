@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import datetime
 import math
 import os
+import re
 import sys
 import time
 import typing
@@ -27,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import DAMAGED, UserError, fetch, option, refuse_negative
-from flow import GUIDANCE, Flow, SiT, VPFlow
+from flow import GUIDANCE, Flow, SiT, VPFlow, shift
 from vae import LearnedVAE, Pixels, VAE
 
 
@@ -79,8 +80,7 @@ class SimFlow(nn.Module):
         if self.denoise:
             steps.append((self.vae.sigma ** 2, y))
         if steps:
-            # An image's activations take about as much memory as the keys and values of 16.
-            x = self.flow.score_step(x, steps, micro_batch=max(1, len(x) // 16))
+            x = self.flow.score_step(x, steps)
         return self.vae.decode(x).clamp(-1, 1)
 
 
@@ -356,14 +356,23 @@ class Aligned(SimFlow):
 
     def forward(self, image, y, noise):
         """As SimFlow's, and then (B, T, features), to be aligned with the teacher's patches"""
-        x, mu, sigma = self.latents(image, noise)
-        z, logdet, inputs = self.flow.trace(x, y)
+        (x, mu, sigma), inputs = self.latents(image, noise), []
+        z, logdet = self.flow(x, y, inputs)
         nll = -self.flow.log_prob(z, logdet) / x[0].numel()
         x_block = self.align(self.flow, inputs, z, y, self.block)
-        # These layers run a second time, which costs little as long as they are few.
-        hidden = self.flow.blocks[self.block - 1].features(x_block, y, self.layer)
+        hidden = features(self.flow.blocks[self.block - 1], x_block, y, self.layer)
         entropy = learned_entropy(sigma, nll)
         return self.vae.decode(x), nll, entropy, mu, self.projector(hidden)
+
+
+def features(block, x, y, layers):
+    """x (B, T, D), y (B,) -> (B, T, C) after so many layers of the block's transformer, in grid order.
+    They run a second time for that, which costs little as long as they are few."""
+    t = block.transformer
+    h, modulations = t.proj_in(block.reorder(x)) + t.pos, t.condition(y)
+    for layer, modulation in zip(t.layers[:layers], modulations):
+        h = layer(h, modulation)
+    return block.reorder(h)
 
 
 def alignment(projected, features):
@@ -373,16 +382,18 @@ def alignment(projected, features):
 
 def generative_pass(flow, inputs, z, y, block):
     """The way back from z to the input of a block (counted from 1), teacher-forced so that all
-    tokens go at once: block t inverts with mu and log_scale of its detached input going forward,
+    tokens go at once: block t inverts with mean and log_scale of its detached input going forward,
 
-        z_(t-1) = mu_t(sg x_(t-1)) + exp(log_scale_t(sg x_(t-1))) z_t,    starting from sg(z).
+        z_(t-1) = mean_t(sg x_(t-1)) + exp(log_scale_t(sg x_(t-1))) z_t,    starting from sg(z).
 
     Equal to that input, but a function of the weights of this block and the deeper ones.
     """
     z = z.detach()
-    for b, x in reversed(list(zip(flow.blocks, inputs))[block - 1:]):
-        mu, log_scale = b.shifted(b.order(x.detach()), y)
-        z = b.order(mu + torch.exp(log_scale) * b.order(z))
+    for i in reversed(range(block - 1, len(flow.blocks))):
+        b, x = flow.blocks[i], inputs[i].detach()
+        out = b.transformer(b.reorder(x), b.transformer.condition(y))
+        mean, log_scale = b.split(shift(out))
+        z = b.reorder(mean + torch.exp(log_scale) * b.reorder(z))
     return z
 
 
@@ -551,6 +562,8 @@ def load_checkpoint(path, option='--ckpt', mmap=False):
         state = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
         state['class_names'], state['step'], state['ema']
         known = dataclasses.asdict(Config())
+        for part in state.keys() & {'model', 'ema'}:
+            state[part] = {new_name(name): value for name, value in state[part].items()}
         newer = [f'--{name}' for name in state['config'] if name not in known]
         state['config'] = known | state['config']                  # which may lack an option
     except FileNotFoundError:
@@ -563,6 +576,11 @@ def load_checkpoint(path, option='--ckpt', mmap=False):
         raise UserError(f'{path} has options that this version does not know: {", ".join(newer)}; '
                         'use the version that trained it')
     return state
+
+
+def new_name(name):
+    """Of a weight, in checkpoints from when a block was its transformer."""
+    return re.sub(r'^(flow\.blocks\.\d+\.)(?!transformer\.)', r'\1transformer.', name)
 
 
 def load_model(path):

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from data import UserError, cli, option, parse_options, refuse_negative, whole
-from flow import FEW, too_many
+from flow import JACOBI_IMAGES, jacobi_is_slower
 from model import check_sampling, find_place, grid, load_model, note_on_guidance, sample_images
 
 
@@ -162,8 +162,8 @@ def main(argv):
     note = note_on_guidance(config, class_names, options.cfg, options.gamma, options.guidance)
     if note:
         place.print(note)
-    if tol and too_many(place.device, min(n, options.batch_size), options.cfg):
-        place.print(f'--decode jacobi: with more than {FEW} images at once, guided ones counted '
+    if tol and jacobi_is_slower(place.device, min(n, options.batch_size), options.cfg):
+        place.print(f'--decode jacobi: with more than {JACOBI_IMAGES} images at once, guided ones counted '
                     'twice, token by token is faster on a CPU, and used where that is so')
     # In ADM's layout the order says nothing: any part of it is a fair sample of all classes.
     order = np.arange(n)

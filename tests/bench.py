@@ -92,13 +92,14 @@ def cpu_name():
 def peer_of(flow):
     """The plain TARFlow with the weights of a Flow"""
     tokens, dim = flow.shape
-    width, heads = flow.blocks[0].pos.shape[1], flow.blocks[0].layers[0].attn.heads
+    first = flow.blocks[0].transformer
+    width, heads = first.pos.shape[1], first.layers[0].attn.heads
     peer = tarflow_plain.TARFlow(dim, tokens, width, heads, blocks=0, layers=0, classes=flow.null_class)
     for block in flow.blocks:
-        peer.blocks.append(tarflow_plain.Block(dim, tokens, width, heads, len(block.layers), flow.null_class,
-                                               block.reverse))
-    peer.load_state_dict(flow.state_dict())
-    return peer.to(flow.blocks[0].pos.device)
+        peer.blocks.append(tarflow_plain.Block(dim, tokens, width, heads, len(block.transformer.layers),
+                                               flow.null_class, block.backwards))
+    peer.load_state_dict(tarflow_plain.plain_names(flow.state_dict()))
+    return peer.to(first.pos.device)
 
 
 def show(title, rows):
@@ -125,9 +126,10 @@ def nll_step(flow, x, y):
 def train_flops(flow, batch):
     """Of forward and backward, from shapes: all Linear layers, and the half of attention that is not masked"""
     tokens, dim = flow.shape
-    width, layers = flow.blocks[0].pos.shape[1], [len(block.layers) for block in flow.blocks]
+    first, layers = flow.blocks[0].transformer, [len(block.transformer.layers) for block in flow.blocks]
+    width, heads = first.pos.shape[1], first.layers[0].attn.heads
     with torch.device('meta'), FlopCounterMode(display=False) as counter:
-        meta = Flow(dim, tokens, width, flow.blocks[0].layers[0].attn.heads, layers, flow.null_class)
+        meta = Flow(dim, tokens, width, heads, layers, flow.null_class)
         z, logdet = meta(torch.empty(batch, tokens, dim, requires_grad=True), torch.empty(batch, dtype=torch.long))
         (z.sum() + logdet.sum()).backward()
     counts = counter.get_flop_counts()['Global']
@@ -192,7 +194,7 @@ def section_score(machine, args):
     flow, z, y = sampling_size(machine)
     steps = [(0.25, y), (-0.25, torch.full_like(y, flow.null_class))]
     t = machine.times({'sample': lambda: flow.sample(z, y, 2.0),
-                       'score': lambda: flow.score_step(z, steps, max(1, len(z) // 16))})
+                       'score': lambda: flow.score_step(z, steps)})
     return show('The score step after guided sampling', [
         {'sampling, s': t['sample'], 'score step, s': t['score'], 'its share': t['score'] / sum(t.values())}])
 
@@ -215,27 +217,19 @@ def brief_flow(machine):
 
 def counted(flow, call):
     """-> how often call() evaluates each block of the flow, the one that is sampled first first"""
-    counts = [0] * len(flow.blocks)
-
-    def count(i, predict):
-        def counting(*args):
-            counts[i] += 1
-            return predict(*args)
-        return counting
-
-    for i, block in enumerate(flow.blocks):
-        block.predict = count(i, block.predict)
+    seen = []
+    hooks = [block.transformer.register_forward_hook(lambda module, *_: seen.append(module)) for block in flow.blocks]
     call()
-    for block in flow.blocks:
-        del block.predict
-    return counts[::-1]
+    for hook in hooks:
+        hook.remove()
+    return [sum(module is block.transformer for module in seen) for block in reversed(flow.blocks)]
 
 
 def parallel(flow, z, y, cfg, tol):
     """flow.sample in parallel, even where it would rather go token by token"""
-    few, flow_module.FEW = flow_module.FEW, np.inf
+    few, flow_module.JACOBI_IMAGES = flow_module.JACOBI_IMAGES, np.inf
     x = flow.sample(z, y, cfg, tol=tol)
-    flow_module.FEW = few
+    flow_module.JACOBI_IMAGES = few
     return x
 
 

@@ -9,6 +9,11 @@ from torch import nn
 import torch.nn.functional as F
 
 
+def plain_names(state):
+    """Weights of flow.Flow by name -> by their names here, where a block is its transformer"""
+    return {name.replace('.transformer', ''): value for name, value in state.items()}
+
+
 class Attention(nn.Module):
     def __init__(self, width, heads):
         super().__init__()

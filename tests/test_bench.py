@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from flow import Flow, Guidance, guide
-from tarflow_plain import TARFlow
+from tarflow_plain import TARFlow, plain_names
 from test_flow import perturbed
 
 B, T, D, CLASSES = 3, 16, 4, 5
@@ -14,7 +14,7 @@ def pair():
     torch.manual_seed(0)
     ours = perturbed(Flow(D, T, 16, 2, (2, 2, 2), CLASSES))
     peer = TARFlow(D, T, 16, 2, blocks=3, layers=2, classes=CLASSES)
-    peer.load_state_dict(ours.state_dict())                        # strict: the same names and shapes
+    peer.load_state_dict(plain_names(ours.state_dict()))           # strict: the same names and shapes
     return ours, peer
 
 

@@ -105,7 +105,7 @@ def test_generate_goes_through_the_parts():
     model = tiny_model()
     y, noise = torch.tensor([0, 2]), torch.randn(2, *model.flow.shape)
     x = model.flow.sample(noise, y, 1.5)
-    x = model.flow.score_step(x, [(0.25, y), (-0.25, torch.full_like(y, model.flow.null_class))], 2)
+    x = model.flow.score_step(x, [(0.25, y), (-0.25, torch.full_like(y, model.flow.null_class))])
     images = model.generate(y, noise, cfg=1.5, gamma=0.25)
     torch.testing.assert_close(images, model.vae.decode(x).clamp(-1, 1))
     assert images.abs().max() <= 1

@@ -7,9 +7,10 @@ import torch
 
 from data import UserError
 from flow import GUIDANCE, Flow, SiT, VPFlow, extrapolate
-from model import NOISE, PRESETS, Aligned, Config, SimFlow, alignment, generative_pass, load_model
+from model import (NOISE, PRESETS, Aligned, Config, SimFlow, alignment, features, generative_pass, load_checkpoint,
+                   load_model)
 import sample
-from test_flow import B, CLASSES, D, T, perturbed, small_flow
+from test_flow import B, CLASSES, D, T, perturbed, predict, small_flow
 from test_train import read_log, same
 import train
 from vae import Pixels
@@ -112,7 +113,7 @@ def test_frozen_parts_are_those_of_stage_one(tmp_path, preset, stage_one, still,
             assert torch.equal(value, one['ema'][name])
         if part in moving and name.endswith('weight'):
             assert not torch.equal(value, one['ema'][name])
-    assert two['model']['flow.blocks.0.proj_out.weight'].abs().sum() > 0
+    assert two['model']['flow.blocks.0.transformer.proj_out.weight'].abs().sum() > 0
 
 
 def test_init_takes_a_whole_model_or_refuses(tmp_path, capsys):
@@ -159,7 +160,7 @@ def test_denoising_is_tweedies():
 
 def test_denoising_knows_the_class(monkeypatch):
     model, asked = SimFlow(config('tarflow'), 3), []
-    monkeypatch.setattr(model.flow, 'score_step', lambda x, terms, micro_batch: asked.extend(terms) or x)
+    monkeypatch.setattr(model.flow, 'score_step', lambda x, terms: asked.extend(terms) or x)
     model.generate(torch.tensor([1, 2]), torch.randn(2, 16, 48))
     (weight, y), = asked
     assert weight == 0.05 ** 2 and y.tolist() == [1, 2]
@@ -179,7 +180,7 @@ def test_guidance_is_the_presets_unless_another_is_asked_for(monkeypatch, tmp_pa
 def guided_slowly(flow, z, y, cfg, guidance):
     """The definition: every block, two passes per token, everything read again each time."""
     for block in reversed(flow.blocks):
-        z, w = block.order(z), cfg if guidance.every_block or block is flow.blocks[-1] else 0.0
+        z, w = block.reorder(z), cfg if guidance.every_block or block is flow.blocks[-1] else 0.0
         x = z.clone()
         for t in range(T - 1):
             weight = w * (t + 1) / (T - 1) if guidance.anneal else w
@@ -188,16 +189,17 @@ def guided_slowly(flow, z, y, cfg, guidance):
             uncond = [p[:, t] for p in predict_at(block, x[:, :t + 1], null, guidance.tau or 1.0)]
             mu, log_scale = guidance.rule(cond[0], uncond[0], cond[1], uncond[1], weight)
             x[:, t + 1] = mu + log_scale.exp() * z[:, t + 1]
-        z = block.order(x)
+        z = block.reorder(x)
     return z
 
 
 def predict_at(block, x, y, tau):
     """Queries that are divided by tau are attention at that temperature."""
-    bias, weight = [[getattr(layer.attn.qkv, kind)[:16] for layer in block.layers] for kind in ('bias', 'weight')]
+    layers = block.transformer.layers
+    bias, weight = [[getattr(layer.attn.qkv, kind)[:16] for layer in layers] for kind in ('bias', 'weight')]
     for p in bias + weight:
         p.data /= tau
-    out = block.predict(x, block.condition(block.embed(y)))
+    out = predict(block, x, y)
     for p in bias + weight:
         p.data *= tau
     return out
@@ -271,10 +273,10 @@ def test_bits_a_dimension_of_a_new_flow_are_a_gaussians():
 def test_features_are_in_the_order_of_the_grid(block):
     """A token's own features move when it does: those at its place, whichever way the block reads."""
     flow = small_flow()
-    before = flow.blocks[block - 1].features(X, Y, 1)
+    before = features(flow.blocks[block - 1], X, Y, 1)
     moved = X.clone()
     moved[:, 2] += 1
-    changed = (flow.blocks[block - 1].features(moved, Y, 1) - before).abs().amax((0, 2)) > 1e-6
+    changed = (features(flow.blocks[block - 1], moved, Y, 1) - before).abs().amax((0, 2)) > 1e-6
     reads_left_to_right = block == 1
     assert changed.tolist() == [(t >= 2 if reads_left_to_right else t <= 2) for t in range(T)]
 
@@ -308,7 +310,8 @@ def test_which_parameters_alignment_teaches(align, parts):
 @pytest.mark.parametrize('block', [1, 2, 3])
 def test_generative_pass_comes_back_to_the_input(block):
     flow = small_flow()
-    z, _, inputs = flow.trace(X, Y)
+    inputs = []
+    z, _ = flow(X, Y, inputs)
     torch.testing.assert_close(generative_pass(flow, inputs, z, Y, block), inputs[block - 1], rtol=1e-4, atol=1e-4)
 
 
