@@ -122,7 +122,7 @@ class Transformer(nn.Module):
 
 def full_precision(device):
     """A context in which autocast lets float32 be."""
-    if torch.is_autocast_enabled(device.type):
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
 
@@ -398,24 +398,24 @@ class Decoder:
 def capture(step, device):
     """Run step() -> a function that runs it again. On a GPU that is the replay of a CUDA graph, as
     hundreds of small operations take longer to launch, one by one, than to compute."""
+    step()
     if device.type != 'cuda':
-        step()
         return step
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(stream):
-        step()                                                     # libraries set themselves up
-        try:
-            graph.capture_begin()
-            step()                                                 # is recorded, and does not run
-            graph.capture_end()
-            again = graph.replay
-        except RuntimeError as e:
-            warnings.warn(f'no CUDA graph, decoding more slowly: {str(e).splitlines()[0]}')
-            again = step
-    torch.cuda.current_stream(device).wait_stream(stream)
-    return again
+    try:
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            # Threads that load data go on meanwhile.
+            graph.capture_begin(capture_error_mode='thread_local')
+            try:
+                step()                                             # is recorded, and does not run
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        return graph.replay
+    except RuntimeError as e:
+        warnings.warn(f'decoding without a CUDA graph, more slowly: {str(e).splitlines()[0]}')
+        return step
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ Nothing is detached: the flow's gradient reaches the encoder through x.
 """
 import atexit
 import contextlib
+import copy
 import dataclasses
 from dataclasses import dataclass
 import datetime
@@ -595,6 +596,18 @@ def load_model(path):
         raise UserError(f'{path} holds other weights than its own options say '
                         f'({str(e).splitlines()[-1].strip()}); use the version that trained it')
     return model, config, state['class_names']
+
+
+def with_weights_in(dtype, model):
+    """-> the model, or a copy with the weights of its matrix products and convolutions in dtype.
+    Autocast would cast them for every token anew. The flow's heads stay in float32."""
+    if dtype == torch.float32:
+        return model
+    model = copy.deepcopy(model)
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and not name.endswith('proj_out'):
+            module.to(dtype)
+    return model
 
 
 def check_sampling(config, gamma, guidance='', tol=0.0):

@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from data import UserError, cli, option, parse_options, refuse_negative, whole
 from flow import JACOBI_IMAGES, jacobi_is_slower
-from model import check_sampling, find_place, grid, load_model, note_on_guidance, sample_images
+from model import (check_sampling, find_place, grid, load_model, note_on_guidance, sample_images,
+                   with_weights_in)
 
 
 @dataclass
@@ -170,7 +171,8 @@ def main(argv):
     if path.endswith('.npz'):
         order = np.random.default_rng(options.seed).permutation(n)
     labels = chosen[torch.arange(n) % len(chosen)]
-    batches = sample_images(model.to(place.device), labels, options.seed, place, options.batch_size,
+    model = with_weights_in(place.dtype, model.to(place.device))
+    batches = sample_images(model, labels, options.seed, place, options.batch_size,
                             options.cfg, options.gamma, order, guidance=options.guidance, tol=tol)
     batches = progress(batches, n, quiet=place.rank > 0)
     if place.rank:

@@ -34,8 +34,8 @@ from data import UserError, batches, cli, open_data, parse_options
 from flow import Layer
 from model import (PRESETS, PRIOR, RECON, TRAIN, Aligned, Config, DINOv2, Place, SimFlow, alignment,
                    find_place, from_uint8, generator, grid, load_checkpoint, load_teacher, mix_seed,
-                   sample_images, to_uint8)
-from vae import LPIPS, Discriminator, adaptive_weight, hinge, load_lpips
+                   sample_images, to_uint8, with_weights_in)
+from vae import LPIPS, VAE, Discriminator, adaptive_weight, hinge, load_lpips
 
 try:
     import fcntl
@@ -97,28 +97,34 @@ class Trainer:
             self.teacher = teacher.to(place.device)
             self.names.append('align')
         torch.manual_seed(config.seed)                             # one start on every process
-        self.model = (Aligned(config, classes, self.teacher.width) if config.align
-                      else SimFlow(config, classes))
-        self.model.to(place.device, memory_format=torch.channels_last)
+        with place.device:                                         # XXL takes long on a CPU
+            if config.align:
+                self.model = Aligned(config, classes, self.teacher.width)
+            else:
+                self.model = SimFlow(config, classes)
+        self.model.to(memory_format=torch.channels_last)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.opt = adamw(self.model, config.lr, config.beta2, config.weight_decay)
         for module in self.model.modules():
             module.grad_ckpt = config.grad_ckpt
-        if place.compile:
-            self.compile()
+        self.ddp = place.distribute(self.model)
+        self.ddps = [self.ddp]
         if config.lpips:
             lpips = lpips or place.in_turn(
                 lambda: load_lpips(config.lpips_vgg, config.lpips_heads))
-            self.lpips = lpips.to(place.device)
+            self.lpips = lpips.to(place.device, memory_format=torch.channels_last)
             self.names.append('lpips')
         if config.gan:
-            self.disc = Discriminator(config.gan_width, config.gan_layers)
-            self.disc.to(place.device, memory_format=torch.channels_last)
+            with place.device:
+                self.disc = Discriminator(config.gan_width, config.gan_layers)
+            self.disc.to(memory_format=torch.channels_last)
             self.disc_opt = adamw(self.disc, config.gan_lr, 0.999)
             self.disc_ddp = place.distribute(self.disc)
+            self.ddps.append(self.disc_ddp)
             self.names += ['gan', 'd_weight', 'd_loss', 'logits_real', 'logits_fake', 'd_grad_norm']
-        self.ddp = place.distribute(self.model)
-        self.ddps = [self.ddp] + ([self.disc_ddp] if config.gan else [])
+        if place.compile:
+            self.compile()
+        self.graph, self.warm_steps = None, 0
         self.reset()
 
     def reset(self):
@@ -133,10 +139,15 @@ class Trainer:
         # DDP can send the gradients of one part while those of the next are computed. Dynamo's
         # splitter, which cuts one big graph for that, fails on checkpointing in older torch.
         torch._dynamo.config.optimize_ddp = False
-        layers = [m for m in self.model.flow.modules() if isinstance(m, Layer)]
-        for part in [self.model.vae.encoder, self.model.vae.decoder, *layers]:
-            if any(True for _ in part.parameters()):               # cutting patches is no work
-                part.compile(fullgraph=True)
+        parts = [m for m in self.model.flow.modules() if isinstance(m, Layer)]
+        if isinstance(self.model.vae, VAE):                        # cutting patches is no work
+            parts += [self.model.vae.encoder, self.model.vae.decoder]
+        if self.config.lpips:
+            parts.append(self.lpips)
+        if self.config.gan:
+            parts.append(self.disc)
+        for part in parts:
+            part.compile(fullgraph=True, dynamic=False)
 
     def train_step(self, image, y, lr, replaced=0):
         """One optimisation step on this process's images (b, 3, H, W) uint8, `replaced` of them
@@ -145,18 +156,38 @@ class Trainer:
         image = image.to(place.device, non_blocking=True, memory_format=torch.channels_last)
         noise, y = draw(c, self.classes, self.step, y.to(place.device, non_blocking=True), place)
         adversarial = bool(c.gan) and self.step >= c.gan_start
-        micro = len(y) // c.grad_accum
-        values = []
-        for i in range(0, len(y), micro):
-            part = slice(i, i + micro)
-            batch = from_uint8(image[part]), y[part], noise[part]
-            for ddp in self.ddps:                                  # gradients travel with the last
-                ddp.require_backward_grad_sync = i + micro == len(y)
-            values.append(self.backward(*batch, adversarial))
-        terms = {name: torch.stack([v[name] for v in values]).mean() for name in values[0]}
+        gradients = self.gradients
+        if self.can_replay():
+            if not self.graph or self.graph.adversarial != adversarial:
+                self.graph = StepGraph(self.gradients, image, y, noise, adversarial)
+            gradients = self.graph.replay
+        terms = gradients(image, y, noise, adversarial)
         # Its mean over the processes is then the sum.
         terms['replaced'] = torch.full_like(terms['loss'], replaced * place.world)
         self.update(terms, adversarial, lr)
+
+    def gradients(self, image, y, noise, adversarial):
+        """Gradients of a step, image (b, 3, H, W) uint8, y (b,), noise (b, T, D) -> terms by name."""
+        for opt in self.optimizers(adversarial):
+            opt.zero_grad(set_to_none=True)
+        micro = len(y) // self.config.grad_accum
+        values = []
+        for i in range(0, len(y), micro):
+            part = slice(i, i + micro)
+            for ddp in self.ddps:                                  # gradients travel with the last
+                ddp.require_backward_grad_sync = i + micro == len(y)
+            values.append(self.backward(from_uint8(image[part]), y[part], noise[part], adversarial))
+        return {name: torch.stack([v[name] for v in values]).mean() for name in values[0]}
+
+    def optimizers(self, adversarial):
+        return [self.opt, self.disc_opt] if adversarial else [self.opt]
+
+    def can_replay(self):
+        """Is a step one CUDA graph? Not before its parts are compiled, not of several processes, not
+        of flows that keep sums of their own or draw random numbers."""
+        c, place = self.config, self.place
+        return (place.compile and place.device.type == 'cuda' and place.world == 1
+                and c.prior == 'flow' and self.warm_steps >= 2)
 
     def backward(self, image, y, noise, adversarial):
         """Gradients of one micro-batch, image (b, 3, H, W) in [-1, 1], y (b,), noise (b, T, D), and
@@ -168,12 +199,12 @@ class Trainer:
         c, terms = self.config, {}
         with self.place.autocast():
             recon, nll, entropy, mu, *projected = self.ddp(image, y, noise)
-            seen = recon.detach().requires_grad_(True)
-            error = seen - image
+            pixels = recon.detach().requires_grad_(True)
+            error = pixels - image
             terms['l1'], terms['l2'] = error.abs().mean(), error.square().mean()
             rec = c.l1 * terms['l1'] + c.l2 * terms['l2']
             if c.lpips:
-                terms['lpips'] = self.lpips(seen, image).mean()
+                terms['lpips'] = self.lpips(pixels, image).mean()
                 rec = rec + c.lpips * terms['lpips']
             if c.align:
                 terms['align'] = alignment(*projected, self.teacher(image))
@@ -183,29 +214,38 @@ class Trainer:
         if c.align:
             prior = prior + c.repa_weight * terms['align']
         terms['loss'] = rec + prior
-        grad, = torch.autograd.grad(rec, seen)                     # (B, 3, H, W)
+        grad, = torch.autograd.grad(rec, pixels)                   # (B, 3, H, W)
         if adversarial:
-            weight, grad_gan = self.adversary(image, recon, seen, grad, terms)
+            weight, grad_gan = self.adversary(image, recon, pixels, grad, terms)
             grad = grad + weight * grad_gan
             terms['loss'] = terms['loss'] + weight * terms['gan']
-        ends = [(recon, grad / c.grad_accum), (prior / c.grad_accum, None)]
-        torch.autograd.backward(*zip(*(end for end in ends if end[0].requires_grad)))
+        roots, grads = [], []
+        if recon.requires_grad:                                    # not with --freeze vae
+            roots.append(recon)
+            grads.append(grad / c.grad_accum)
+        if prior.requires_grad:                                    # not without a flow
+            roots.append(prior / c.grad_accum)
+            grads.append(None)
+        torch.autograd.backward(roots, grads)
         return {name: value.detach() for name, value in terms.items()}
 
-    def adversary(self, image, recon, seen, grad_rec, terms):
+    def adversary(self, image, recon, pixels, grad_rec, terms):
         """The discriminator's gradients; for the generator, the weight and d gan / d recon, of
-        recon's shape (b, 3, H, W), as are grad_rec = d rec / d recon, and seen, recon as a leaf."""
+        recon's shape (b, 3, H, W), as are grad_rec = d rec / d recon, and pixels, recon as a leaf.
+        """
         c = self.config
+        self.disc.requires_grad_(False)                            # or compiled code computes those
         with self.place.autocast():
-            terms['gan'] = -self.disc(seen).float().mean()
-        grad_gan, = torch.autograd.grad(terms['gan'], seen)
+            terms['gan'] = -self.disc(pixels).float().mean()
+        grad_gan, = torch.autograd.grad(terms['gan'], pixels)
+        self.disc.requires_grad_(True)
         weight = torch.full_like(terms['gan'], c.gan)
         if c.gan_adaptive:
             last = self.model.vae.conv_out.weight
             weight *= adaptive_weight(*(torch.autograd.grad(recon, last, g, retain_graph=True)[0]
                                         for g in (grad_rec, grad_gan)))
         with self.place.autocast():                                # one forward: DDP allows no two
-            logits = self.disc_ddp(torch.cat([image, seen.detach()])).float()
+            logits = self.disc_ddp(torch.cat([image, pixels.detach()])).float()
         real, fake = logits.chunk(2)
         terms['d_loss'] = hinge(real, fake)
         (terms['d_loss'] / c.grad_accum).backward()
@@ -227,12 +267,10 @@ class Trainer:
         self.broken = torch.where(first, broken, self.broken)
         self.broken_step = torch.where(first, self.step, self.broken_step)
         self.opt.param_groups[0]['lr'] = lr
-        opts = [self.opt, self.disc_opt] if adversarial else [self.opt]
-        for opt in opts:
+        for opt in self.optimizers(adversarial):
             opt.found_inf = skip.float()                           # fused kernels skip if it is 1,
             if self.place.device.type != 'mps' or not skip:        # but a Mac's does not look
                 opt.step()
-            opt.zero_grad(set_to_none=True)
         # Weights that did not move need no gate: the average may come closer to them.
         ema, now = list(self.ema.parameters()), list(self.model.parameters())
         torch._foreach_lerp_(ema, now, 1 - ema_decay(c, self.step))
@@ -243,6 +281,7 @@ class Trainer:
         self.totals = torch.where(skip, self.totals, self.totals + values)
         self.skipped = self.skipped + skip
         self.step, self.count = self.step + 1, self.count + 1
+        self.warm_steps += 1
 
     def row(self):
         """Averages of the terms since the last row, over the steps that were not skipped; for
@@ -301,6 +340,24 @@ class Trainer:
             state[name]['param_groups'] = getattr(self, name).state_dict()['param_groups']
         for name in state.keys() & {'model', 'ema', 'opt', 'disc', 'disc_opt'}:
             getattr(self, name).load_state_dict(state[name])
+
+
+class StepGraph:
+    """A step's gradients as one CUDA graph, since a small model's operations take longer to launch,
+    one by one, than to compute. Gradients and terms stay where the graph puts them."""
+
+    def __init__(self, gradients, image, y, noise, adversarial):
+        self.adversarial, self.inputs = adversarial, [image.clone(), y.clone(), noise.clone()]
+        self.graph = torch.cuda.CUDAGraph()
+        # Threads that load data go on meanwhile.
+        with torch.cuda.graph(self.graph, capture_error_mode='thread_local'):
+            self.terms = gradients(*self.inputs, adversarial)
+
+    def replay(self, image, y, noise, adversarial):
+        for own, new in zip(self.inputs, (image, y, noise)):
+            own.copy_(new)
+        self.graph.replay()
+        return dict(self.terms)
 
 
 def adamw(module, lr, beta2, weight_decay=0.0):
@@ -411,10 +468,12 @@ def save_pictures(trainer, data):
     originals above the raw model's reconstructions of them, noise and all. Every process draws its
     share of the samples."""
     config, place, step = trainer.config, trainer.place, trainer.step
+    trainer.graph = None                                           # its memory is needed here
     rows = min(10, trainer.classes) or 4
     labels = (torch.arange(rows) * trainer.classes // rows).repeat_interleave(8)
     share = math.ceil(len(labels) / place.world)
-    images = list(sample_images(trainer.ema, labels, config.seed, place, batch_size=share))
+    ema = with_weights_in(place.dtype, trainer.ema)
+    images = list(sample_images(ema, labels, config.seed, place, batch_size=share))
     if place.rank:
         return
     grid(np.concatenate(images), 8).save(os.path.join(config.out, f'samples_{step:07d}.png'))
@@ -422,7 +481,8 @@ def save_pictures(trainer, data):
                               steps=1))
     noise = torch.randn(16, *trainer.model.flow.shape,
                         generator=generator('cpu', RECON, config.seed))
-    with torch.no_grad(), place.autocast():
+    # 16 images are another size than a step's, and not worth compiling for.
+    with torch.no_grad(), place.autocast(), torch.compiler.set_stance('force_eager'):
         x, *_ = trainer.model.latents(from_uint8(pixels.to(place.device)), noise.to(place.device))
         recon = to_uint8(trainer.model.vae.decode(x))
     pair = np.concatenate([pixels.permute(0, 2, 3, 1).numpy(), recon])

@@ -140,17 +140,43 @@ class Downsample(nn.Conv2d):
 
 
 class Upsample(nn.Conv2d):
+    """(B, c, h, w) -> (B, c, 2h, 2w): every pixel four times, then a convolution"""
+
     def __init__(self, c):
         super().__init__(c, c, 3, padding=1)
 
     def forward(self, h):
-        return super().forward(F.interpolate(h, scale_factor=2.0, mode='nearest'))
+        if not torch.compiler.is_compiling():
+            return super().forward(F.interpolate(h, scale_factor=2.0, mode='nearest'))
+        # Compiled, the gradient of that would be a scatter; the gradient of expand is a sum.
+        h = h.permute(0, 2, 3, 1)[:, :, None, :, None]             # (B, h, 1, w, 1, c)
+        h = h.expand(-1, -1, 2, -1, 2, -1).flatten(3, 4).flatten(1, 2)
+        return super().forward(h.permute(0, 3, 1, 2))
 
 
 def norm(channels):
     """GroupNorm of 32 groups; of fewer where a group would hold under 4 channels, as a group of one
     would erase the mean colour of its channel."""
-    return nn.GroupNorm(math.gcd(32, channels // 4), channels, eps=1e-6)
+    return GroupNorm(math.gcd(32, channels // 4), channels, eps=1e-6)
+
+
+class GroupNorm(nn.GroupNorm):
+    """torch's, (B, C, h, w) -> the same, written so that it compiles well."""
+
+    def forward(self, h):
+        if not torch.compiler.is_compiling():
+            return super().forward(h)
+        # Compiled, torch's own leaves channels_last, and all convolutions have to copy what it
+        # made. Statistics of channels first, then of groups, read the memory in its order.
+        x = h.permute(0, 2, 3, 1).float()                          # (B, h, w, C)
+        var, mean = torch.var_mean(x, dim=(1, 2), correction=0)    # (B, C)
+        var, mean = (v.unflatten(1, (self.num_groups, -1)) for v in (var, mean))     # (B, G, C/G)
+        center = mean.mean(2, keepdim=True)
+        var = (var + (mean - center).square()).mean(2, keepdim=True)
+        scale = torch.rsqrt(var + self.eps) * self.weight.view(mean.shape[1:])
+        shift = self.bias.view(mean.shape[1:]) - center * scale    # (B, G, C/G)
+        out = x * scale.flatten(1)[:, None, None] + shift.flatten(1)[:, None, None]
+        return out.permute(0, 3, 1, 2)
 
 
 def to_tokens(h):
@@ -180,7 +206,7 @@ class Discriminator(nn.Sequential):
             cin, c = c, min(2 * c, 8 * width)
             stride = 2 if i < layers else 1
             stack += [nn.Conv2d(cin, c, 4, stride, padding=1),
-                      nn.GroupNorm(math.gcd(16, c // 4), c), nn.LeakyReLU(0.2)]
+                      GroupNorm(math.gcd(16, c // 4), c), nn.LeakyReLU(0.2)]
         super().__init__(*stack, nn.Conv2d(c, 1, 4, padding=1))
 
 
