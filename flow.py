@@ -68,8 +68,8 @@ class Layer(nn.Module):
 
 def modulate(h, shift, scale):
     """LayerNorm without affine, then the class's own affine map: h (B, n, C), shift and scale
-    (B, 1, C) -> (B, n, C)"""
-    return torch.addcmul(shift, F.layer_norm(h, h.shape[-1:], eps=1e-6), scale)
+    (B, 1, C) -> (B, n, C) in the dtype of shift"""
+    return torch.addcmul(shift, F.layer_norm(h, h.shape[-1:], eps=1e-6), scale).to(shift.dtype)
 
 
 class Transformer(nn.Module):
@@ -95,33 +95,34 @@ class Transformer(nn.Module):
         """Class indices y (B,), or weights (B, classes) of all but "no class"; time (B, C) of
         diffusion -> what each layer and then the head want to know of them: lists of (B, 1, C)"""
         embedding = self.classes(y) if y.dim() == 1 else y @ self.classes.weight[:-1]
-        cond = F.silu(embedding + time)                            # (B, C)
+        cond = F.silu(embedding + time).to(self.ada.weight.dtype)  # (B, C)
         modulations = []
         for layer in self.layers:
             s1, c1, g1, s2, c2, g2 = layer.ada(cond).unsqueeze(1).chunk(6, dim=-1)
             modulations.append((s1, 1 + c1, g1, s2, 1 + c2, g2))
-        shift, scale = self.ada(cond).unsqueeze(1).chunk(2, dim=-1)
+        shift, scale = self.ada(cond).unsqueeze(1).float().chunk(2, dim=-1)
         return modulations + [(shift, 1 + scale)]
 
     def forward(self, x, modulations, caches=None, window=None):
         """x (B, n, dim) -> (B, n, out_dim) float32. All tokens, or with a window those in it."""
         pos = self.pos[:x.shape[1]] if window is None else self.pos.index_select(0, window.at)
-        h = self.proj_in(x) + pos                                  # (B, n, C)
+        # The sum of all layers stays in float32, whatever the dtype of the matrix products.
+        h = self.proj_in(x.to(self.proj_in.weight.dtype)) + pos    # (B, n, C)
         for i, layer in enumerate(self.layers):
             if window is not None:
                 h = layer(h, modulations[i], caches[i], window)
             elif self.grad_ckpt:
-                h = checkpoint(layer, h, modulations[i], use_reentrant=False)
+                h = checkpoint(layer, h, modulations[i], use_reentrant=False,
+                               preserve_rng_state=False)           # no layer draws any
             else:
                 h = layer(h, modulations[i])
-        h = modulate(h, *modulations[-1])
         # What follows, exp and an affine map, would lose too many digits in bfloat16.
-        with full_precision(h.device):
-            return self.proj_out(h.float())
+        with no_autocast(h.device):
+            return self.proj_out(modulate(h, *modulations[-1]))
 
 
-def full_precision(device):
-    """A context in which autocast lets float32 be."""
+def no_autocast(device):
+    """A context in which the dtypes of the operands decide."""
     if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
@@ -271,16 +272,18 @@ class Flow(nn.Module):
 
         cfg is w of the guidance: 0 is off. Blocks that it leaves alone still see the class. tol > 0
         decodes in parallel, to that relative tolerance of each block's tokens; 0 goes token by
-        token.
+        token. Matrix products are in the dtype of the weights, whatever autocast says: it would
+        cast all of them anew for every token.
         """
-        for block in reversed(self.blocks):
-            deep = block is self.blocks[-1]
-            w = cfg if deep or guidance.every_block else 0.0
-            if tol and not jacobi_is_slower(z.device, len(z), w):
-                window = WINDOW_DEEP if deep else WINDOW
-                z = jacobi_inverse(block, z, y, w, guidance, window, tol)
-            else:
-                z = block.inverse(z, y, w, guidance)
+        with no_autocast(z.device):
+            for block in reversed(self.blocks):
+                deep = block is self.blocks[-1]
+                w = cfg if deep or guidance.every_block else 0.0
+                if tol and not jacobi_is_slower(z.device, len(z), w):
+                    window = WINDOW_DEEP if deep else WINDOW
+                    z = jacobi_inverse(block, z, y, w, guidance, window, tol)
+                else:
+                    z = block.inverse(z, y, w, guidance)
         return z
 
     @torch.enable_grad()
@@ -353,7 +356,7 @@ class Decoder:
         self.x = self.z.clone()                                    # the first token stays
         (B, T, _), self.length = z.shape, z.shape[1]
         self.guided, self.tau = cfg > 0, None
-        like = self.transformer.proj_in(z[:1, :1])                 # has autocast's dtype
+        like = self.transformer.proj_in.weight                     # in the dtype of attention
         if self.guided:                                            # both halves as one batch
             other = y if guidance.tau else torch.full_like(y, self.transformer.null_class)
             y = torch.cat([y, other])
@@ -362,7 +365,7 @@ class Decoder:
         self.modulations = self.transformer.condition(y)
         self.rows = len(y) * n                                     # of every matrix product
         heads = self.transformer.layers[0].attn.heads
-        self.caches = [like.new_zeros(2, len(y), heads, T, like.shape[-1] // heads)
+        self.caches = [like.new_zeros(2, len(y), heads, T, len(like) // heads)
                        for _ in self.transformer.layers]
         self.mask = like.new_full((T, T), float('-inf')).triu(1)
         self.at = torch.arange(n, device=z.device)

@@ -43,6 +43,7 @@ class SimFlow(nn.Module):
         self.vae = build_codec(c)
         self.flow = PRIORS[c.prior](c.latent_dim, c.tokens, c.width, c.heads, c.layers, classes)
         self.noise, self.guidance, self.denoise = NOISE[c.noise], c.guidance, c.denoise
+        self.image_size = c.image_size
         if c.freeze:
             {'encoder': self.vae.encoder, 'vae': self.vae}[c.freeze].requires_grad_(False)
 
@@ -82,7 +83,16 @@ class SimFlow(nn.Module):
             steps.append((self.vae.sigma ** 2, y))
         if steps:
             x = self.flow.score_step(x, steps)
-        return self.vae.decode(x).clamp(-1, 1)
+        return self.decode(x).clamp(-1, 1)
+
+    def decode(self, x):
+        """(B, T, D) -> (B, 3, H, W), as many images at once as fit"""
+        size = max(1, DECODE_PIXELS // self.image_size ** 2)
+        return torch.cat([self.vae.decode(part) for part in x.split(size)])
+
+
+# Of the images that are decoded at once: 64 of 256 pixels, whose feature maps take about 10 GB.
+DECODE_PIXELS = 64 * 256 ** 2
 
 
 def log_sigma(sigma, like):
@@ -504,6 +514,8 @@ def find_place(device='', dtype='', compile=None):
     cuda = device.type == 'cuda'
     if cuda:
         torch.cuda.set_device(device)
+        # Work on the default stream can't be captured as a CUDA graph, nor what depends on it.
+        torch.cuda.set_stream(torch.cuda.Stream(device))
     if not dtype:
         # A CPU or an old GPU can emulate bfloat16, many times slower than float32.
         fast = cuda and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -156,12 +156,12 @@ class Trainer:
         image = image.to(place.device, non_blocking=True, memory_format=torch.channels_last)
         noise, y = draw(c, self.classes, self.step, y.to(place.device, non_blocking=True), place)
         adversarial = bool(c.gan) and self.step >= c.gan_start
-        gradients = self.gradients
-        if self.can_replay():
-            if not self.graph or self.graph.adversarial != adversarial:
-                self.graph = StepGraph(self.gradients, image, y, noise, adversarial)
-            gradients = self.graph.replay
-        terms = gradients(image, y, noise, adversarial)
+        if self.can_replay() and (not self.graph or self.graph.adversarial != adversarial):
+            self.capture(image, y, noise, adversarial)
+        if self.graph:
+            terms = self.graph.replay(image, y, noise)
+        else:
+            terms = self.gradients(image, y, noise, adversarial)
         # Its mean over the processes is then the sum.
         terms['replaced'] = torch.full_like(terms['loss'], replaced * place.world)
         self.update(terms, adversarial, lr)
@@ -188,6 +188,15 @@ class Trainer:
         c, place = self.config, self.place
         return (place.compile and place.device.type == 'cuda' and place.world == 1
                 and c.prior == 'flow' and self.warm_steps >= 2)
+
+    def capture(self, image, y, noise, adversarial):
+        """Make `graph`, if that is possible."""
+        self.graph = None                                          # and its memory is free again
+        try:
+            self.graph = StepGraph(self.gradients, image, y, noise, adversarial)
+        except RuntimeError as e:
+            self.warm_steps = -math.inf                            # do not try again
+            self.place.print(f'steps are launched one operation at a time: {str(e).splitlines()[0]}')
 
     def backward(self, image, y, noise, adversarial):
         """Gradients of one micro-batch, image (b, 3, H, W) in [-1, 1], y (b,), noise (b, T, D), and
@@ -349,11 +358,13 @@ class StepGraph:
     def __init__(self, gradients, image, y, noise, adversarial):
         self.adversarial, self.inputs = adversarial, [image.clone(), y.clone(), noise.clone()]
         self.graph = torch.cuda.CUDAGraph()
-        # Threads that load data go on meanwhile.
-        with torch.cuda.graph(self.graph, capture_error_mode='thread_local'):
+        # On the stream of the steps before, as gradients remember it. Threads that load data go on
+        # meanwhile.
+        with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream(),
+                              capture_error_mode='thread_local'):
             self.terms = gradients(*self.inputs, adversarial)
 
-    def replay(self, image, y, noise, adversarial):
+    def replay(self, image, y, noise):
         for own, new in zip(self.inputs, (image, y, noise)):
             own.copy_(new)
         self.graph.replay()

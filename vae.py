@@ -87,7 +87,10 @@ class Stack(nn.Sequential):
 
     def forward(self, h):
         for module in self:
-            h = checkpoint(module, h, use_reentrant=False) if self.grad_ckpt else module(h)
+            if self.grad_ckpt:
+                h = checkpoint(module, h, use_reentrant=False, preserve_rng_state=False)
+            else:
+                h = module(h)
         return h
 
 

@@ -9,9 +9,12 @@ them; with one thread on a CPU they are seconds of this process, which others di
 Prints a table a section and, in the last line, all numbers as JSON. On a GPU matrix products are in bfloat16.
 """
 import argparse
+import dataclasses
+import functools
 import json
 import platform
 import time
+from unittest import mock
 
 import numpy as np
 import torch
@@ -23,10 +26,10 @@ from data import Parser, cli
 import flow as flow_module
 import tarflow_plain
 from flow import Flow, Guidance, guide
-from model import Config, PRESETS, Place, load_model, to_uint8
+from model import Config, PRESETS, SimFlow, find_place, load_model, to_uint8, with_weights_in
 from sample import Options
-from train import Trainer
-from vae import VAE
+from train import Trainer, train_flops as whole_flops
+from vae import LPIPS, VAE
 
 CLASSES = 1000
 
@@ -38,8 +41,10 @@ class Machine:
         torch.set_num_threads(threads)
         self.device, self.quick, cuda = torch.device(device), quick, device.startswith('cuda')
         self.clock = time.process_time if threads == 1 and device == 'cpu' else time.perf_counter
-        self.place = Place(self.device, torch.bfloat16 if cuda else torch.float32, compile=False)
-        self.seconds, self.turns = (1.0, 2) if quick else (20.0, 3)          # least, of each comparison
+        self.place = find_place(device, compile=False)
+        self.device = self.place.device
+        self.turns = 2 if quick else 3                                 # least, of each comparison
+        self.seconds = 1.0 if quick else 3.0 if cuda else 20.0
         name = torch.cuda.get_device_name() if cuda else cpu_name()
         self.facts = {'device': f'{device}: {name}', 'threads': threads, 'torch': torch.__version__,
                       'dtype': str(self.place.dtype).split('.')[1], 'quick': quick}
@@ -75,10 +80,15 @@ class Machine:
         """With weights that are not zero, since a new flow is the identity"""
         torch.manual_seed(0)
         flow = Flow(dim, tokens, width, max(1, width // 64), layers, CLASSES)
-        for name, p in flow.named_parameters():
-            if ('ada' in name or 'proj_out' in name) and p.dim() > 1:
-                p.data.normal_(std=std / p.shape[-1] ** 0.5)
-        return flow.to(self.device)
+        return wake(flow, std).to(self.device)
+
+
+def wake(flow, std=0.3):
+    """In place: random weights for the layers that a new flow has at zero"""
+    for name, p in flow.named_parameters():
+        if ('ada' in name or 'proj_out' in name) and p.dim() > 1:
+            p.data.normal_(std=std / p.shape[-1] ** 0.5)
+    return flow
 
 
 def cpu_name():
@@ -346,6 +356,89 @@ def section_step(machine, args):
                                           'rest': 1 - sum(parts.values())}])
 
 
+# --------------------------------------------------------------------------------------------- whole presets, for a GPU
+
+# What to measure of each size: images a step; images at once that are sampled.
+SIZES = {'nano': ({}, 8, (8,)),
+         'cifar': (dict(width=512, heads=8, layers=(2, 2, 2, 2, 2, 8), vae_width=128, vae_mults=(1, 2), vae_patch=2), 256, (256,)),
+         'S': ({}, 16, (32,)), 'L': ({}, 16, (64,)), 'XXL': ({}, 16, (1, 64, 256))}
+
+
+def preset_of(size, batch):
+    name = 'nano' if size == 'cifar' else size
+    return Config(**PRESETS[name] | dict(model=name, batch_size=batch) | SIZES[size][0])
+
+
+def section_machine(machine, args):
+    """The ceilings: one large matrix product, one large copy"""
+    n = 512 if machine.quick else 8192
+    a, b = (machine.randn(n, n).to(machine.place.dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    t = machine.times({'gemm': lambda: torch.mm(a, b, out=out), 'copy': lambda: out.copy_(a)})
+    return show('What the machine can do', [{'GEMM of': n, 'TFLOP/s': 2 * n ** 3 / t['gemm'] / 1e12,
+                                             'copy, TB/s': 2 * out.nbytes / t['copy'] / 1e12}])
+
+
+def section_train_sizes(machine, args):
+    """A whole training step with all its networks (random VGG16): compiled on a GPU, launched operation by operation and
+    as one CUDA graph"""
+    rows, cuda = [], machine.device.type == 'cuda'
+    place = dataclasses.replace(machine.place, compile=cuda)
+    for size in args.sizes:
+        c = preset_of(size, SIZES[size][1])
+        first = time.perf_counter()
+        trainer = Trainer(c, CLASSES, place, LPIPS() if c.lpips else None)
+        built = time.perf_counter()
+        image = torch.randint(256, (c.batch_size, 3, c.image_size, c.image_size), dtype=torch.uint8)
+        step = functools.partial(trainer.train_step, image, torch.arange(c.batch_size), 1e-5)
+        machine.time(step)
+        compiled = time.perf_counter()
+        row = {'size': size, 'images': c.batch_size, 'to build, s': built - first, 'first step, s': compiled - built}
+        for name, graphs in {'launched': False, 'as a graph': True}.items():
+            if graphs and not cuda:
+                continue
+            trainer.warm_steps = 2 if graphs else -np.inf
+            if cuda:
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            seconds = machine.times({name: step})[name]
+            row[f'{name}, images/s'] = c.batch_size / seconds
+            row |= {'MFU': whole_flops(c, CLASSES) * c.batch_size / seconds / args.peak,
+                    'peak, GB': torch.cuda.max_memory_reserved() / 1e9 if cuda else 0.0, 'loss': trainer.row()['loss']}
+        rows.append(row)
+        del trainer, step
+        if cuda:
+            torch.cuda.empty_cache()
+    return show('Training, VAE, flow, LPIPS and GAN as in the presets. MFU: of VAE and flow', rows)
+
+
+def section_sample_sizes(machine, args):
+    """Guided sampling with the score step, seconds of its parts"""
+    rows, cuda = [], machine.device.type == 'cuda'
+    for size in args.sizes:
+        c = preset_of(size, 1)
+        with machine.device:
+            model = SimFlow(c, CLASSES).requires_grad_(False).eval()
+        wake(model.flow)
+        model = with_weights_in(machine.place.dtype, model)
+        for batch in SIZES[size][2]:
+            z, y = machine.randn(batch, *model.flow.shape), machine.labels(batch)
+            steps = [(0.25, y), (-0.25, torch.full_like(y, CLASSES))]
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+            t = machine.times({'flow': lambda: model.flow.sample(z, y, 2.0), 'score': lambda: model.flow.score_step(z, steps),
+                               'decode': lambda: model.decode(z)})
+            row = {'size': size, 'images': batch, 'flow, s': t['flow'], 'score step, s': t['score'],
+                   'decode, s': t['decode'], 'ms an image': 1e3 * sum(t.values()) / batch}
+            if cuda:
+                with machine.place.autocast(), mock.patch.object(flow_module, 'capture', lambda step, device: step() or step):
+                    row['flow, launched, s'] = machine.time(lambda: model.flow.sample(z, y, 2.0)) if batch < 256 else 0.0
+                row['peak, GB'] = torch.cuda.max_memory_reserved() / 1e9
+            rows.append(row)
+        del model
+    return show('Sampling, cfg 2 in the deep block, gamma 0.25', rows)
+
+
 # -------------------------------------------------------------------------------------------------------------- scaling
 
 def exponent(sizes, seconds):
@@ -386,6 +479,8 @@ def main(argv):
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--threads', type=int, default=torch.get_num_threads())
     parser.add_argument('--tol', type=float, default=Options.tol, help='of parallel decoding')
+    parser.add_argument('--sizes', nargs='+', choices=SIZES, default=['nano'], help='for train_sizes, sample_sizes')
+    parser.add_argument('--peak', type=float, default=989e12, help="FLOP/s that are MFU 1; default: an H100's")
     parser.add_argument('--ckpt', nargs='+', default=[], help='trained models for the section jacobi')
     args = parser.parse_args(argv)
     machine = Machine(args.device, args.threads, bool(args.quick))

@@ -21,6 +21,9 @@ def two_gpus(monkeypatch):
     def set_device(device):
         seen.current = torch.cuda._utils._get_device_index(device)     # the check of the real one
 
+    def set_stream(stream):
+        assert stream.index == seen.current                            # of the GPU that was chosen, not before
+
     def on_gpu(*size, device=None, **more):
         device = torch.device(device)
         if device.type == 'cuda' and (device.index or 0) > 1:
@@ -31,7 +34,8 @@ def two_gpus(monkeypatch):
         return seen.bf16
 
     for name, function in dict(is_available=lambda: True, set_device=set_device,
-                               is_bf16_supported=is_bf16_supported).items():
+                               is_bf16_supported=is_bf16_supported, set_stream=set_stream,
+                               Stream=torch.device).items():
         monkeypatch.setattr(torch.cuda, name, function)
     monkeypatch.setattr(torch, 'zeros', on_gpu)
     for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE'):

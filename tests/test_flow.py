@@ -6,7 +6,7 @@ import torch
 
 import flow as flow_module
 from flow import GUIDANCE, Block, Decoder, Flow, guide, jacobi_inverse, shift, transposed_weights
-from model import Config, PRESETS
+from model import Config, PRESETS, with_weights_in
 from sample import Options
 
 B, T, D, CLASSES = 3, 6, 4, 5
@@ -175,10 +175,25 @@ def test_parallel_decoding_converges_in_bfloat16(longer, monkeypatch):
     """Where a tolerance below the rounding would be waited for in vain"""
     monkeypatch.setattr(flow_module, 'JACOBI_IMAGES', 100)
     flow, z, y = longer
+    flow = with_weights_in(torch.bfloat16, flow)
     parallel = lambda: flow.sample(z, y, tol=Options.tol)
     with torch.autocast('cpu', torch.bfloat16):
         assert relative_error(parallel(), flow.sample(z, y)) <= 0.02
         assert iterations(flow, parallel) < 0.6 * 3 * 63
+
+
+def test_weights_in_bfloat16_are_autocasts(longer):
+    """Cast once, for sampling, they compute what autocast does in training: only rounding differs, of 2^-9 in each of some
+    dozens of products in a row, while the products of float32 weights would be another function's."""
+    flow, z, y = longer
+    half = with_weights_in(torch.bfloat16, flow)
+    assert half.blocks[0].transformer.layers[0].mlp[0].weight.dtype == torch.bfloat16
+    assert half.blocks[0].transformer.proj_out.weight.dtype == torch.float32
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+        x = half.sample(z, y)
+        assert relative_error(flow(x, y)[0], z) <= 0.02
+        torch.testing.assert_close(half(x, y)[0], flow(x, y)[0], rtol=1e-5, atol=1e-5)
+    assert relative_error(x, flow.sample(z, y)) > 1e-4             # it was not float32
 
 
 @pytest.mark.parametrize('few', [0, 4, 100])
