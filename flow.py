@@ -62,14 +62,19 @@ class Layer(nn.Module):
     def forward(self, h, modulation, cache=None, window=None):
         """modulation: of `Transformer.condition`, 6 x (B, 1, C)"""
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
-        h = torch.addcmul(h, gate1, self.attn(modulate(h, shift1, scale1), cache, window))
-        return torch.addcmul(h, gate2, self.mlp(modulate(h, shift2, scale2)))
+        # Only the matrix products are in the dtype of the weights; what lies between them, and the
+        # sum h of all layers, stay in float32.
+        dtype = self.ada.weight.dtype
+        r = self.attn(modulate(h, shift1, scale1).to(dtype), cache, window)
+        h = torch.addcmul(h, gate1, r.float())
+        r = self.mlp(modulate(h, shift2, scale2).to(dtype))
+        return torch.addcmul(h, gate2, r.float())
 
 
 def modulate(h, shift, scale):
     """LayerNorm without affine, then the class's own affine map: h (B, n, C), shift and scale
-    (B, 1, C) -> (B, n, C) in the dtype of shift"""
-    return torch.addcmul(shift, F.layer_norm(h, h.shape[-1:], eps=1e-6), scale).to(shift.dtype)
+    (B, 1, C) -> (B, n, C)"""
+    return torch.addcmul(shift, F.layer_norm(h, h.shape[-1:], eps=1e-6), scale)
 
 
 class Transformer(nn.Module):
@@ -98,16 +103,15 @@ class Transformer(nn.Module):
         cond = F.silu(embedding + time).to(self.ada.weight.dtype)  # (B, C)
         modulations = []
         for layer in self.layers:
-            s1, c1, g1, s2, c2, g2 = layer.ada(cond).unsqueeze(1).chunk(6, dim=-1)
+            s1, c1, g1, s2, c2, g2 = layer.ada(cond).float().unsqueeze(1).chunk(6, dim=-1)
             modulations.append((s1, 1 + c1, g1, s2, 1 + c2, g2))
-        shift, scale = self.ada(cond).unsqueeze(1).float().chunk(2, dim=-1)
+        shift, scale = self.ada(cond).float().unsqueeze(1).chunk(2, dim=-1)
         return modulations + [(shift, 1 + scale)]
 
     def forward(self, x, modulations, caches=None, window=None):
         """x (B, n, dim) -> (B, n, out_dim) float32. All tokens, or with a window those in it."""
         pos = self.pos[:x.shape[1]] if window is None else self.pos.index_select(0, window.at)
-        # The sum of all layers stays in float32, whatever the dtype of the matrix products.
-        h = self.proj_in(x.to(self.proj_in.weight.dtype)) + pos    # (B, n, C)
+        h = self.proj_in(x.to(self.proj_in.weight.dtype)).float() + pos     # (B, n, C)
         for i, layer in enumerate(self.layers):
             if window is not None:
                 h = layer(h, modulations[i], caches[i], window)
@@ -316,9 +320,9 @@ class Flow(nn.Module):
         return [slice(i, i + size) for i in range(0, len(x), size)]
 
 
-# Hidden states, B x T x C x layers, of one batch of the score step; about 40 bytes each in
-# bfloat16, so 10 GB: 8 images of XXL, more of smaller flows.
-SCORE_ELEMENTS = 2 ** 28
+# Hidden states, B x T x C x layers, of one batch of the score step. They take about 40 bytes each
+# in bfloat16, so 20 GB: 16 images of XXL, more of smaller flows.
+SCORE_ELEMENTS = 2 ** 29
 
 
 # -------------------------------------------------------------------------- decoding token by token
