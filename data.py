@@ -135,8 +135,9 @@ def walk(folder, above=()):
         return
     try:
         for entry in os.scandir(folder):
-            # Asking the disk about every file would take a while, so we do for links only.
-            if os.path.isdir(entry) if entry.is_symlink() else entry.is_dir():
+            # Only where a link leads is worth a question to the disk: a million take long.
+            is_folder = os.path.isdir(entry) if entry.is_symlink() else entry.is_dir()
+            if is_folder:
                 yield from walk(entry.path, (*above, real))
             else:
                 yield entry.path
@@ -201,14 +202,15 @@ class Files(Data):
         if not index:
             raise UserError(f'there are no images in {source.path}; give a folder or a zip of '
                             'class folders')
-        # As names are sorted, what the first and the last share is common to all.
-        first, last = min(index + tables), max(index + tables)
-        ends = [posixpath.dirname(source.names[i]) for i in (first, last)]
-        root = posixpath.join(posixpath.commonpath(ends), '')
+        # Names are sorted: the folders that the first and the last image share are around all.
+        ends = [*tables, index[0], index[-1]]
+        root = posixpath.commonpath([posixpath.dirname(source.names[i]) for i in ends])
+        root = posixpath.join(root, '')
         names = [source.names[i].removeprefix(root) for i in index]
-        tables = [source.read(i) for i in tables if source.names[i] == root + 'dataset.json']
-        if tables:
-            classes = classes_in_table(names, source.path, tables[0])
+        table = root + 'dataset.json'
+        if table in source.names:
+            text = source.read(source.names.index(table))
+            classes = classes_in_table(names, source.path, text)
         else:
             classes = classes_in_folders(names, source.path)
         class_names = sorted(set(classes), key=number_or_name)
@@ -247,10 +249,10 @@ def classes_in_folders(names, path):
     return classes
 
 
-def classes_in_table(names, path, table):
+def classes_in_table(names, path, text):
     """-> the class of each image: its number in dataset.json, or '' where that has none"""
     try:
-        pairs = json.loads(table)['labels']
+        pairs = json.loads(text)['labels']
         if pairs is None:
             return [''] * len(names)
         number = {name: int(label) for name, label in pairs}
@@ -310,7 +312,7 @@ def open_npz(path):
             numbers = arrays['arr_1'] if 'arr_1' in arrays else None
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as e:
         raise UserError(f'{path} cannot be read, or is damaged: {e}')
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not images.size:
         raise UserError(f'arr_0 of {path} is {images.dtype} {images.shape}; it must be uint8 '
                         '(N, H, W, 3)')
     data = Arrays([], np.zeros(len(images)), images)
@@ -353,12 +355,13 @@ def batches(data, image_size, batch_size, seed, flip, start, steps, rank=0, worl
     """Yield images (b, 3, H, W) uint8, labels (b,) int64 and the number of images replaced, for the
     steps from `start` to `steps` - 1. b = batch_size / world, a whole number. Each epoch is one
     permutation, and a batch may span several. UserError if over 1% can't be read."""
-    dataset, broken, seen = Batches(data, image_size, batch_size, seed, flip, rank, world), [], 0
+    dataset = BatchDataset(data, image_size, batch_size, seed, flip, rank, world)
+    broken, seen = [], 0
     try:
         for images, labels, replaced in prefetch(dataset, range(start, steps), workers, pin):
             broken += replaced
             seen += len(labels) + len(replaced)
-            # A few in the first batches prove nothing.
+            # A few in the first batches prove little.
             if len(broken) > 5:
                 refuse_damage(broken, len(broken), seen)
             images = torch.from_numpy(images)
@@ -377,9 +380,9 @@ def refuse_damage(names, count, seen):
                         'repair or remove them')
 
 
-class Batches(Dataset):
-    """A rank's share of batch `step`: images (b, H, W, 3) uint8, labels (b,) int64, and
-    names of unreadable images that were replaced. It depends on nothing but the arguments."""
+class BatchDataset(Dataset):
+    """Item `step` is a rank's share of that batch: images (b, H, W, 3) uint8, labels (b,) int64 and
+    the names of unreadable images that were replaced. It depends on these arguments alone."""
 
     def __init__(self, data, image_size, batch_size, seed, flip, rank, world):
         self.data, self.image_size, self.batch_size = data, image_size, batch_size
@@ -396,8 +399,8 @@ class Batches(Dataset):
         return np.stack(images), np.array(labels), broken
 
     def find(self, step, slot, broken):
-        """-> index, pixels (H, W, 3) of one image of a batch. One that is unreadable is noted in
-        `broken`, and a random one takes its place."""
+        """-> index and pixels (H, W, 3) of one image of a batch. The name of an unreadable one goes
+        to `broken`, and a random one takes its place."""
         n = len(self.data)
         epoch, place = divmod(step * self.batch_size + slot, n)
         i = permutation(self.seed, epoch, n)[place]
@@ -410,7 +413,7 @@ class Batches(Dataset):
         raise Unreadable
 
 
-# A batch may lie in two epochs.
+# Two, as a batch may lie in two epochs.
 @functools.lru_cache(maxsize=2)
 def permutation(seed, epoch, n):
     return np.random.default_rng((seed, 0, epoch)).permutation(n)
@@ -429,7 +432,7 @@ def prefetch(dataset, indices, workers, pin=False):
     loader = DataLoader(dataset, batch_size=None, sampler=indices, num_workers=workers,
                         collate_fn=tuple, pin_memory=pin, worker_init_fn=leave_group,
                         multiprocessing_context=fork)
-    # Windows
+    # Windows has no such masks.
     if not hasattr(signal, 'pthread_sigmask'):
         return iter(loader)
     # A Ctrl-C now is for this process alone. It has to wait until the others ignore it.
@@ -441,8 +444,8 @@ def prefetch(dataset, indices, workers, pin=False):
 
 
 def leave_group(worker):
-    """A terminal's Ctrl-C and a scheduler's signals reach all processes. The main one alone is to
-    answer, and needs its loading processes to the end of the step: they obey its SIGTERM only."""
+    """Let a loading process obey its parent's SIGTERM only. A terminal's Ctrl-C and a scheduler's
+    signals reach all processes, but the parent needs its images to the end of the step."""
     for name in ('SIGINT', 'SIGHUP', 'SIGUSR1', 'SIGUSR2'):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
@@ -465,7 +468,7 @@ def obey_parent():
 def pack(data, path, size, workers):
     """Write `data`, cropped, to a zip of PNGs called class/number.png -> names of the unreadable
     images, which are left out. A failure leaves nothing behind."""
-    broken, pngs = [], prefetch(Pngs(data, size), range(len(data)), workers)
+    broken, pngs = [], prefetch(PngDataset(data, size), range(len(data)), workers)
     with whole(path) as temporary, zipfile.ZipFile(temporary, 'w') as z:
         for i, png in tqdm(pngs, 'packing', len(data), unit=' images', disable=None):
             if png is None:
@@ -476,7 +479,7 @@ def pack(data, path, size, workers):
     return broken
 
 
-class Pngs(Dataset):
+class PngDataset(Dataset):
     """(i, image i, cropped, as the bytes of a PNG), or (i, None) if it is unreadable"""
 
     def __init__(self, data, size):
@@ -495,13 +498,11 @@ class Pngs(Dataset):
 
 def main(argv):
     parser = Parser(description='Crop and resize a data set once, for all runs, and pack it to a '
-                                'zip.')
+                    'zip.', formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('src', help=f'folder, zip or npz of images, or {", ".join(BUILT_IN)}')
     parser.add_argument('dst', help='zip to write')
-    parser.add_argument('--size', type=int, default=256,
-                        help='pixels per side (default: %(default)s)')
-    parser.add_argument('--workers', type=int, default=os.cpu_count(),
-                        help='processes (default: %(default)s)')
+    parser.add_argument('--size', type=int, default=256, help='pixels per side')
+    parser.add_argument('--workers', type=int, default=os.cpu_count(), help='processes')
     args = parser.parse_args(argv)
     if args.size < 1 or args.workers < 0:
         raise UserError('--size must be positive and --workers must not be negative')
@@ -548,8 +549,8 @@ def cifar10():
 def fashion_mnist():
     """The 60,000 training images of Fashion-MNIST (Xiao et al. 2017), grey, padded from 28 to 32
     pixels per side with their black background, as is customary: then sides halve evenly."""
-    images, labels = [np.frombuffer(gzip.open(path).read(), np.uint8)
-                      for path in download(*FASHION_MNIST)]
+    paths = download(*FASHION_MNIST)
+    images, labels = [np.frombuffer(gzip.open(path).read(), np.uint8) for path in paths]
     images = np.pad(images[16:].reshape(-1, 28, 28), ((0, 0), (2, 2), (2, 2)))
     names = 't-shirt trouser pullover dress coat sandal shirt sneaker bag ankle-boot'
     return Arrays(names.split(), labels[8:], images)
@@ -561,16 +562,17 @@ def curve(radius, n=90):
     return np.stack([np.sin(angle), -np.cos(angle)], 1) * np.reshape(radius, (-1, 1))
 
 
-T = np.arange(90) * 2 * np.pi / 90
-HEART = [16 * np.sin(T) ** 3,
-         5 * np.cos(2 * T) - 13 * np.cos(T) + 2 * np.cos(3 * T) + np.cos(4 * T)]
-# The outline of each within the unit circle, and the hole if it has one: points, or x, y, x, y, ...
+ANGLES = np.arange(90) * 2 * np.pi / 90
+HEART_X = 16 * np.sin(ANGLES) ** 3
+HEART_Y = (5 * np.cos(2 * ANGLES) - 13 * np.cos(ANGLES) + 2 * np.cos(3 * ANGLES)
+           + np.cos(4 * ANGLES))
+# The outline of each, within the unit circle, and the hole if it has one: x, y, x, y, ...
 SHAPES = {
     'circle': [curve(0.85)],
     'cross': [[-.3, -.9, .3, -.9, .3, -.3, .9, -.3, .9, .3, .3, .3,
                .3, .9, -.3, .9, -.3, .3, -.9, .3, -.9, -.3, -.3, -.3]],
-    'flower': [curve(0.74 + 0.26 * np.cos(5 * T)), curve(0.24)],
-    'heart': [np.stack(HEART, 1) / 18],
+    'flower': [curve(0.74 + 0.26 * np.cos(5 * ANGLES)), curve(0.24)],
+    'heart': [np.stack([HEART_X, HEART_Y], 1) / 18],
     'house': [[0, -1, .95, -.1, .7, -.1, .7, .85, -.7, .85, -.7, -.1, -.95, -.1],
               [-.2, .9, -.2, .2, .2, .2, .2, .9]],
     'moon': [curve(0.95), curve(0.75) + (0.45, -0.15)],
@@ -605,23 +607,24 @@ class Shapes(Data):
         turn = radius * np.array([(cos, sin), (-sin, cos)])
         centre = size / 2 + rng.uniform(-1, 1, 2) * (58 - radius)
         mask = Image.new('L', (size, size))
-        # White, and then the hole in black.
+        # The outline is filled with white, then the hole with black.
         for outline, fill in zip(SHAPES[self.class_names[self.labels[i]]], (255, 0)):
             points = np.reshape(outline, (-1, 2)) * (side, 1) @ turn + centre
             ImageDraw.Draw(mask).polygon(points.ravel().tolist(), fill)
         shadow = mask.reduce(8).point([0.35 * grey for grey in range(256)])
         shadow = shadow.resize(mask.size, Image.Resampling.BILINEAR)
         hue = rng.random()
-        # Never the shape's own.
+        # Never the hue of the shape.
         back = hue + rng.uniform(0.3, 0.7)
         image = gradient(colour(back, 0.1, 1), colour(back + 0.06, 0.3, 0.95), size)
-        # The shadow falls straight down: mirroring keeps that right.
+        # The shadow falls straight down, as flipped images are training images, too.
         image.paste(colour(back, 0.6, 0.4), (0, 7), shadow)
         front = gradient(colour(hue - 0.03, 0.65, 1), colour(hue + 0.03, 0.85, 0.85), size)
         image.paste(front, mask=mask)
         return image
 
 
+# For data of your own, write a subclass of Data and add it here.
 BUILT_IN = {'shapes': Shapes, 'cifar10': cifar10, 'fashion_mnist': fashion_mnist}
 
 
@@ -641,7 +644,7 @@ def cli(main):
     """Run main(arguments) as a program: mistakes, files that can't be read or written, and Ctrl-C
     end in one sentence, not in a traceback."""
     for name in ('stdout', 'stderr'):
-        # None: it was closed. Names of files may have letters that the terminal lacks.
+        # A closed one is None. An open one may lack letters that are in the names of files.
         stream = getattr(sys, name) or open(os.devnull, 'w')
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors='backslashreplace')
@@ -679,7 +682,7 @@ class Parser(argparse.ArgumentParser):
 
 def option(default, help, also=(), bare=False):
     """A dataclass's field that is an option. also: other names.  bare: a value may stand alone."""
-    return dataclasses.field(default=default, metadata={'help': help, 'also': also, 'bare': bare})
+    return dataclasses.field(default=default, metadata=dict(help=help, also=also, bare=bare))
 
 
 def parse_options(cls, argv, description, presets={}):

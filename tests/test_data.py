@@ -755,14 +755,14 @@ def alive(pid):
 @pytest.mark.skipif(not hasattr(signal, 'sigwaitinfo'), reason='a Mac cannot tell who sent a signal')
 def test_loading_processes_obey_nobody_but_their_parent(shapes):
     """A scheduler signals every process of a job, and the step in which that happens must still get its images."""
-    order = data.prefetch(data.Batches(shapes, 8, 4, 0, False, 0, 1), range(8), workers=1)
+    order = data.prefetch(data.BatchDataset(shapes, 8, 4, 0, False, 0, 1), range(8), workers=1)
     first, worker = next(order), multiprocessing.active_children()[0]
     for name in ('TERM', 'HUP', 'USR1', 'USR2', 'INT'):
         subprocess.run(['kill', f'-{name}', str(worker.pid)], check=True)
     assert len(list(order)) == 7 and len(first[1]) == 4
     worker.join()
     assert worker.exitcode == 0
-    order = data.prefetch(data.Batches(shapes, 8, 4, 0, False, 0, 1), range(10 ** 9), workers=1)
+    order = data.prefetch(data.BatchDataset(shapes, 8, 4, 0, False, 0, 1), range(10 ** 9), workers=1)
     worker = multiprocessing.active_children()[0]
     next(order)
     worker.terminate()                                             # by its parent
