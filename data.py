@@ -562,22 +562,27 @@ def curve(radius, n=90):
     return np.stack([np.sin(angle), -np.cos(angle)], 1) * np.reshape(radius, (-1, 1))
 
 
+def polygon(text):
+    """'x,y x,y ...', as in SVG -> (n, 2)"""
+    return np.array([point.split(',') for point in text.split()], float)
+
+
 ANGLES = np.arange(90) * 2 * np.pi / 90
 HEART_X = 16 * np.sin(ANGLES) ** 3
 HEART_Y = (5 * np.cos(2 * ANGLES) - 13 * np.cos(ANGLES) + 2 * np.cos(3 * ANGLES)
            + np.cos(4 * ANGLES))
-# The outline of each, within the unit circle, and the hole if it has one: x, y, x, y, ...
+# The outline of each, within the unit circle, and the hole if it has one.
 SHAPES = {
     'circle': [curve(0.85)],
-    'cross': [[-.3, -.9, .3, -.9, .3, -.3, .9, -.3, .9, .3, .3, .3,
-               .3, .9, -.3, .9, -.3, .3, -.9, .3, -.9, -.3, -.3, -.3]],
+    'cross': [polygon('-.3,-.9 .3,-.9 .3,-.3 .9,-.3 .9,.3 .3,.3 '
+                      '.3,.9 -.3,.9 -.3,.3 -.9,.3 -.9,-.3 -.3,-.3')],
     'flower': [curve(0.74 + 0.26 * np.cos(5 * ANGLES)), curve(0.24)],
     'heart': [np.stack([HEART_X, HEART_Y], 1) / 18],
-    'house': [[0, -1, .95, -.1, .7, -.1, .7, .85, -.7, .85, -.7, -.1, -.95, -.1],
-              [-.2, .9, -.2, .2, .2, .2, .2, .9]],
+    'house': [polygon('0,-1 .95,-.1 .7,-.1 .7,.85 -.7,.85 -.7,-.1 -.95,-.1'),
+              polygon('-.2,.9 -.2,.2 .2,.2 .2,.9')],
     'moon': [curve(0.95), curve(0.75) + (0.45, -0.15)],
     'ring': [curve(0.92), curve(0.48)],
-    'square': [[-.75, -.75, .75, -.75, .75, .75, -.75, .75]],
+    'square': [polygon('-.75,-.75 .75,-.75 .75,.75 -.75,.75')],
     'star': [curve(np.tile([1, 0.42], 5), 10)],
     'triangle': [curve(1, 3) + (0, 0.2)],
 }
@@ -608,8 +613,8 @@ class Shapes(Data):
         centre = size / 2 + rng.uniform(-1, 1, 2) * (58 - radius)
         mask = Image.new('L', (size, size))
         # The outline is filled with white, then the hole with black.
-        for outline, fill in zip(SHAPES[self.class_names[self.labels[i]]], (255, 0)):
-            points = np.reshape(outline, (-1, 2)) * (side, 1) @ turn + centre
+        for points, fill in zip(SHAPES[self.class_names[self.labels[i]]], (255, 0)):
+            points = points * (side, 1) @ turn + centre
             ImageDraw.Draw(mask).polygon(points.ravel().tolist(), fill)
         shadow = mask.reduce(8).point([0.35 * grey for grey in range(256)])
         shadow = shadow.resize(mask.size, Image.Resampling.BILINEAR)
