@@ -365,6 +365,49 @@ def test_data_can_be_pickled(tmp_path, layout):
     assert colours(pickle.loads(pickle.dumps(d))) == colours(d)
 
 
+# -------------------------------------------------------------------------------------------------------- npz
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize('save, kind', [(np.savez, np.memmap), (np.savez_compressed, np.ndarray)])
+def test_npz_of_images_and_labels(tmp_path, save, kind):
+    path = str(tmp_path / 'x.npz')
+    save(path, PIXELS, np.array([7, 2, 10, 2, 7, 10]))
+    d = open_data(path)
+    assert type(d.images) is kind and d.notes == []               # large ones stay on disk
+    assert d.class_names == ['2', '7', '10'] and d.labels.tolist() == [1, 0, 2, 0, 1, 2]
+    assert all((np.asarray(d.load(i)) == PIXELS[i]).all() for i in range(6))
+    assert same(feed(d, 0, 3), feed(d, 0, 3, workers=2))
+    pack(d, str(tmp_path / 'x.zip'), 8, workers=0)
+    packed = open_data(str(tmp_path / 'x.zip'))
+    assert packed.class_names == d.class_names and sorted(colours(packed)) == sorted(colours(d))
+
+
+def test_npz_by_columns(tmp_path):
+    np.savez(tmp_path / 'x.npz', np.asfortranarray(PIXELS))
+    d = open_data(str(tmp_path / 'x.npz'))
+    assert all((np.asarray(d.load(i)) == PIXELS[i]).all() for i in range(6))
+
+
+@pytest.mark.parametrize('more, notes', [([], 0), ([np.zeros(5, int)], 1), ([np.zeros(6)], 1)])
+def test_npz_without_labels_has_no_classes(tmp_path, more, notes):
+    np.savez(tmp_path / 'x.npz', PIXELS, *more)
+    d = open_data(str(tmp_path / 'x.npz'))
+    assert d.class_names == [] and d.labels.tolist() == [0] * 6 and len(d.notes) == notes
+
+
+@pytest.mark.parametrize('save, words', [
+    (lambda path: np.savez(path, PIXELS[..., :1]), r'uint8 \(6, 8, 8, 1\); it must be uint8'),
+    (lambda path: np.savez(path, PIXELS / 255), 'is float64'), (lambda path: np.savez(path, images=PIXELS), 'arr_0'),
+    (lambda path: path.write_text('hello'), 'cannot be read, or is damaged')])
+def test_npz_of_something_else_is_refused(tmp_path, save, words):
+    save(tmp_path / 'x.npz')
+    with pytest.raises(UserError, match=words) as e:
+        open_data(str(tmp_path / 'x.npz'))
+    assert 'x.npz' in str(e.value)
+
+
 # ---------------------------------------------------------------------------------------------------- batches
 
 def feed(d, start, steps, batch_size=4, seed=0, flip=True, **options):
@@ -712,14 +755,14 @@ def alive(pid):
 @pytest.mark.skipif(not hasattr(signal, 'sigwaitinfo'), reason='a Mac cannot tell who sent a signal')
 def test_loading_processes_obey_nobody_but_their_parent(shapes):
     """A scheduler signals every process of a job, and the step in which that happens must still get its images."""
-    order = data.load(data.Steps(shapes, 8, 4, 0, False, 0, 1), range(8), workers=1)
+    order = data.prefetch(data.BatchDataset(shapes, 8, 4, 0, False, 0, 1), range(8), workers=1)
     first, worker = next(order), multiprocessing.active_children()[0]
     for name in ('TERM', 'HUP', 'USR1', 'USR2', 'INT'):
         subprocess.run(['kill', f'-{name}', str(worker.pid)], check=True)
     assert len(list(order)) == 7 and len(first[1]) == 4
     worker.join()
     assert worker.exitcode == 0
-    order = data.load(data.Steps(shapes, 8, 4, 0, False, 0, 1), range(10 ** 9), workers=1)
+    order = data.prefetch(data.BatchDataset(shapes, 8, 4, 0, False, 0, 1), range(10 ** 9), workers=1)
     worker = multiprocessing.active_children()[0]
     next(order)
     worker.terminate()                                             # by its parent
