@@ -40,10 +40,19 @@ class Tiny(nn.Module):
         return tuple(h @ weight for weight in self.maps)
 
 
+def tiny_features(options):
+    return evaluate.Features(Tiny(), 24, evaluate.INCEPTION_DIGEST, prefix='')
+
+
+def tiny_random(options):
+    return evaluate.Features(Tiny(), 24, 'random', prefix='random ')
+
+
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
     """Inception replaced."""
-    monkeypatch.setattr(evaluate, 'load_inception', lambda features, path: (Tiny(), evaluate.DIGEST))
+    monkeypatch.setitem(evaluate.FEATURES, 'inception', tiny_features)
+    monkeypatch.setitem(evaluate.FEATURES, 'random', tiny_random)
     return tmp_path
 
 
@@ -106,7 +115,8 @@ def test_metrics_equal_torch_fidelitys(inception, expected):
     # Features are off by 1.5e-5 (above), and distances are squares of them: 3e-5. Scores are exponentials of logits, sums
     # of 2048 features.
     net = inception.to(memory_format=torch.channels_last)          # as the program has it
-    row = evaluate.compare(*(summarise(net, pixels) for pixels in golden.two_sets()), 'cpu')
+    sample, ref = [summarise(net, pixels) | {'n': 20} for pixels in golden.two_sets()]
+    row = evaluate.compare(sample, ref, tiny_features(None), HERE)
     assert row['FID'] == pytest.approx(expected['fid'], rel=3e-5)
     assert (row['IS'], row['IS std']) == pytest.approx(expected['score'], rel=1e-4)
     for name in ('precision', 'recall'):
@@ -120,10 +130,11 @@ def test_resize_equals_tensorflow_1_to_the_bit(expected):
 
 
 def test_missing_weights_name_the_address_and_the_place(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, 'WEIGHTS', 'file:///nowhere/' + os.path.basename(evaluate.WEIGHTS))
+    url = 'file:///nowhere/' + os.path.basename(evaluate.INCEPTION_URL)
+    monkeypatch.setattr(evaluate, 'INCEPTION_URL', url)
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
     with pytest.raises(UserError) as e:
-        evaluate.load_inception('inception', '')
+        evaluate.load_inception(evaluate.Options())
     for part in ('file:///nowhere/', str(tmp_path), '--weights'):
         assert part in str(e.value)
 
@@ -132,7 +143,7 @@ def test_other_weights_are_refused_and_left_alone(tmp_path):
     path = tmp_path / 'w.pth'
     path.write_bytes(b'mine')
     with pytest.raises(UserError, match='is not the file'):
-        evaluate.load_inception('inception', str(path))
+        evaluate.load_inception(evaluate.Options(weights=str(path)))
     assert path.read_bytes() == b'mine'
 
 
@@ -222,16 +233,16 @@ def test_inception_score_of_distinct_and_of_equal_predictions():
     assert evaluate.inception_score(np.eye(2) * 4, np.zeros(2), n) == pytest.approx((1, 0))  # one a split
 
 
-def test_covered_by_hand():
+def test_share_on_manifold_by_hand():
     centres = torch.tensor([[0.0], [1], [2], [3]])                 # radii, to the third other one: 3, 2, 2, 3
     for x, inside in ((-3, True), (-3.5, False), (4, True), (6, True), (6.5, False)):
-        assert evaluate.covered(torch.tensor([[float(x)]]), centres) == inside
-    assert evaluate.covered(torch.tensor([[0.5], [9.0]]), centres) == 0.5
+        assert evaluate.share_on_manifold(torch.tensor([[float(x)]]), centres) == inside
+    assert evaluate.share_on_manifold(torch.tensor([[0.5], [9.0]]), centres) == 0.5
 
 
-def test_covered_does_not_depend_on_the_blocks(monkeypatch):
+def test_share_on_manifold_by_its_definition():
     points, centres = torch.randn(50, 4, generator=torch.Generator().manual_seed(0)).split(25)
-    whole = evaluate.covered(points, centres)
+    whole = evaluate.share_on_manifold(points, centres)
     radii = (centres[:, None] - centres).norm(dim=-1).sort(1).values[:, 3]
     assert whole == ((points[:, None] - centres).norm(dim=-1) <= radii).any(1).double().mean()
 
@@ -353,8 +364,7 @@ def test_bad_samples_are_one_sentence(case, tiny, capsys):
         run(capsys, tiny / name, '--ref', save_npz(tiny / 'ref.npz', IMAGES))
 
 
-def test_random_features_never_pass_for_fid(tiny, capsys, monkeypatch):
-    monkeypatch.setattr(evaluate, 'load_inception', lambda features, path: (Tiny(), 'random'))
+def test_random_features_never_pass_for_fid(tiny, capsys):
     samples = save_npz(tiny / 's.npz', IMAGES)
     evaluate.main([str(samples), '--ref', str(samples), '--features', 'random', '--save_ref', str(tiny / 'random.npz')])
     out = capsys.readouterr().out
@@ -362,7 +372,6 @@ def test_random_features_never_pass_for_fid(tiny, capsys, monkeypatch):
     np.savez(tiny / 'adm.npz', mu=np.zeros(24), sigma=np.eye(24))
     with pytest.raises(UserError, match='arr_0'):                  # ADM's statistics are Inception's
         run(capsys, samples, '--ref', tiny / 'adm.npz', '--features', 'random')
-    monkeypatch.setattr(evaluate, 'load_inception', lambda features, path: (Tiny(), evaluate.DIGEST))
     with pytest.raises(UserError, match='inception random, not sha256'):
         run(capsys, samples, '--ref', tiny / 'random.npz')
 
@@ -370,7 +379,7 @@ def test_random_features_never_pass_for_fid(tiny, capsys, monkeypatch):
 def test_features_that_are_not_finite_are_an_error(tiny, capsys, monkeypatch):
     nan = Tiny()
     nan.maps[0][0, 0] = float('nan')
-    monkeypatch.setattr(evaluate, 'load_inception', lambda features, path: (nan, evaluate.DIGEST))
+    monkeypatch.setitem(evaluate.FEATURES, 'inception', lambda options: tiny_features(options)._replace(network=nan))
     samples = save_npz(tiny / 's.npz', golden.images(0, 20, 8))
     with pytest.raises(UserError, match='not finite'):
         run(capsys, samples, '--ref', samples)
@@ -428,7 +437,7 @@ def share_work(rank, world, folder):
                                              world_size=world)
     place = dataclasses.replace(HERE, rank=rank, world=world)
     evaluate.find_place = lambda device, dtype: place
-    evaluate.load_inception = lambda features, path: (Tiny(), evaluate.DIGEST)
+    evaluate.FEATURES['inception'] = tiny_features
     evaluate.load_lpips = Distance
     tables = []
     evaluate.report = lambda rows, *args: tables.extend(rows)
@@ -598,10 +607,3 @@ def test_grid_statistics_of_known_grids():
     assert stats['autocorrelation'][1] < 0 < 0.9 < stats['autocorrelation'][0]
     noise = evaluate.grid_statistics(torch.randn(4, 256, 16, generator=torch.Generator().manual_seed(0)))
     assert (noise['spectral entropy'] > 0.9).all() and (noise['autocorrelation'].abs() < 0.05).all()
-
-
-def test_ticks_are_round_and_few():
-    for low, high in ((0, 1), (-0.1, 2.1), (13.7, 14.9), (0, 5e4), (-3e-5, 4e-5)):
-        values = evaluate.ticks(low, high)
-        assert 4 <= len(values) <= 11
-        assert np.abs(np.array(values) * 2 - low - high).max() <= (high - low) * 1.001
