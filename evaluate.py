@@ -11,7 +11,7 @@ Prints a table, and the same as JSON in the last line. Inception's weights are t
 pytorch-fid's release (91 MB, downloaded once); --features random does without, to try things out,
 but its numbers are not FID.
 """
-from collections import OrderedDict
+from collections import OrderedDict, namedtuple
 import contextlib
 from dataclasses import dataclass
 import json
@@ -19,8 +19,6 @@ import math
 from multiprocessing.pool import ThreadPool
 import os
 import time
-import typing
-from typing import NamedTuple
 import zipfile
 import zlib
 
@@ -32,10 +30,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import (Arrays, Data, Unreadable, UserError, cli, crop, fetch, hexdigest, open_data,
+from data import (Arrays, Unreadable, UserError, cli, crop, fetch, hexdigest, open_data,
                   option, parse_options, refuse_damage, refuse_negative, skip_header, whole)
-from model import (RECON, Config, SimFlow, check_sampling, find_place, generator, grid, load_model,
-                   note_on_guidance, sample_images, to_uint8)
+from model import (RECON, check_sampling, find_place, generator, grid, load_model, note_on_guidance,
+                   sample_images, to_uint8)
 from vae import load_lpips
 
 SPLITS = 10                                # of the Inception score, and thus the fewest images
@@ -44,8 +42,8 @@ SPLITS = 10                                # of the Inception score, and thus th
 @dataclass
 class Options:
     """The command line. A word that is not an option's is --samples."""
-    samples: str = option('', 'images to measure: a folder, a zip, an npz; or statistics in an npz',
-                          bare=True)
+    samples: str = option('', 'images to measure: a folder, a zip, an npz (arr_0), or statistics '
+                          'in an npz', bare=True)
     ref: str = option('', 'images to compare with: the same, or a data set by name')
     save_ref: str = option('', 'npz for the statistics of --ref, for later runs to name as --ref')
     ckpt: str = option('', 'checkpoint of train.py: to sample from, or to look into')
@@ -60,7 +58,7 @@ class Options:
     guidance: str = option('', "rule of --cfg, a row of GUIDANCE in flow.py; default: checkpoint's")
     seed: int = option(0, 'random seed')
     features: str = option('inception', 'inception, or random: needs no weights, is not FID')
-    weights: str = option('', "Inception's weights; default: downloaded once, to torch.hub's folder")
+    weights: str = option('', "Inception's weights; default: downloaded once to torch.hub")
     lpips_vgg: str = option('', "torchvision's VGG16 weights; default: downloaded once")
     lpips_heads: str = option('', "LPIPS v0.1's linear heads; default: downloaded once")
     decoder_std: float = option(0.1, "of the ELBO's Gaussian decoder, on pixels in [-1, 1]")
@@ -272,16 +270,10 @@ def random_inception(seed=0):
 
 # ------------------------------------------------------------------------------- feature networks
 
-class Features(NamedTuple):
-    """A network whose features are compared, and what to call it."""
-    # images (B, 3, H, W) uint8 -> features (B, width), logits (B, K), spatial features (B, S).
-    # Without logits (None) there is no Inception score, without spatial features no sFID.
-    network: typing.Callable
-    width: int
-    weights: str                           # its name in files of statistics
-    prefix: str                            # of its numbers' names, which without one are FID's own
-
-
+# A network whose features are compared: images (B, 3, H, W) uint8 -> features (B, width), logits
+# (B, K) or None, spatial features (B, S) or None; without the last two, no Inception score or sFID.
+# weights: its name in files of statistics. prefix: of its numbers' names; without, they are FID's.
+Features = namedtuple('Features', 'network width weights prefix')
 INCEPTION_URL = ('https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/'
                  'pt_inception-2015-12-05-6726825d.pth')
 INCEPTION_DIGEST = 'sha256:6726825d'
@@ -310,7 +302,7 @@ def load_random(options):
     return Features(random_inception(), 2048, 'random', prefix='random ')
 
 
-# Another network is a row here, and a function such as those above.
+# Another network is another row.
 FEATURES = {'inception': load_inception, 'random': load_random}
 
 
@@ -338,11 +330,11 @@ class Statistics:
         self.network, self.process = network, process
         self.kept = np.isin(np.arange(n), kept)
         self.features, self.sums = [], {}                          # what `add` adds to
-        # Images often come sorted by class, and each split of the score shall have all of them.
+        # The Inception score's splits are random, as images may come sorted by class.
         self.sizes = np.diff(np.arange(SPLITS + 1) * n // SPLITS)
-        self.split = np.empty(n, np.int64)
-        self.split[np.random.RandomState(2020).permutation(n)] = np.repeat(
-            np.arange(SPLITS), self.sizes)
+        self.split = np.empty(n, np.int64)                         # of each image
+        order = np.random.RandomState(2020).permutation(n)
+        self.split[order] = np.repeat(np.arange(SPLITS), self.sizes)
 
     @torch.no_grad()
     def add(self, positions, images):
@@ -362,10 +354,11 @@ class Statistics:
             self.add_product('spatial', spatial, spatial)
         if logits is not None:
             log_p = logits.double().log_softmax(1)
-            entropy = (log_p.exp() * log_p).sum(1, keepdim=True)   # (b, 1), negative
-            split = F.one_hot(torch.from_numpy(self.split[positions]), SPLITS).to(log_p)
+            p_log_p = (log_p.exp() * log_p).sum(1, keepdim=True)   # (b, 1)
+            split = torch.from_numpy(self.split[positions])
+            split = F.one_hot(split, SPLITS).to(log_p)             # (b, SPLITS)
             self.add_product('p', split, log_p.exp())
-            self.add_product('p log p', split, entropy)
+            self.add_product('p log p', split, p_log_p)
 
     def add_product(self, name, a, b):
         """a (b, m), b (b, n): add a^T b to a sum (m, n), in place: temporaries fragment memory"""
@@ -439,22 +432,22 @@ def frechet(mu_a, cov_a, mu_b, cov_b):
     return max(0.0, spread + np.square(mu_a - mu_b).sum().item())
 
 
-NEIGHBOURS = 3                             # of precision and recall,
-MOST_REFERENCES = 10_000                   # which use at most so many reference images
+# Precision and recall: neighbours, and the most reference images that are used.
+NEIGHBOURS, MOST_REFERENCES = 3, 10_000
 
 
 def share_on_manifold(points, centres):
-    """Precision and recall: the share of points (N, d) on the manifold of centres (M, d), which is
-    to be in the ball of one of them. It reaches to its NEIGHBOURS-th nearest other centre
-    (Kynkaanniemi et al. 2019, arXiv:1904.06991)."""
+    """The share of points (N, d) on the manifold of centres (M, d): in the ball of one of them,
+    which reaches to its NEIGHBOURS-th nearest other centre (Kynkaanniemi et al. 2019,
+    arXiv:1904.06991)."""
     rows = max(1, 2 ** 25 // len(centres))                         # of distances at once
-    radii, inside = [], []
+    radii = []
     for part in centres.split(rows):                               # each is its own nearest
         radii.append(torch.cdist(part, centres).kthvalue(1 + NEIGHBOURS).values)
-    radii = torch.cat(radii)                                       # (M,)
+    radii, inside = torch.cat(radii), 0                            # (M,)
     for part in points.split(rows):
-        inside.append((torch.cdist(part, centres) <= radii).any(1))
-    return torch.cat(inside).sum().item() / len(points)
+        inside += (torch.cdist(part, centres) <= radii).any(1).sum().item()
+    return inside / len(points)
 
 
 def compare(sample, ref, features, process):
@@ -462,8 +455,7 @@ def compare(sample, ref, features, process):
     on process 0, which has the features of all"""
     if process.rank:
         return {}
-    names = 'FID', 'sFID', 'IS', 'IS std', 'precision', 'recall'
-    numbers = dict.fromkeys(names)
+    numbers = dict.fromkeys(('FID', 'sFID', 'IS', 'IS std', 'precision', 'recall'))
     numbers['FID'] = frechet(sample['mu'], sample['sigma'], ref['mu'], ref['sigma'])
     if 'sigma_s' in sample and 'sigma_s' in ref:
         numbers['sFID'] = frechet(sample['mu_s'], sample['sigma_s'], ref['mu_s'], ref['sigma_s'])
@@ -476,7 +468,9 @@ def compare(sample, ref, features, process):
         numbers['precision'] = share_on_manifold(ours, theirs)
         numbers['recall'] = share_on_manifold(theirs, ours)
     row = {'n': sample['n'], 'ref n': ref['n']}
-    return row | {features.prefix + name: number for name, number in numbers.items()}
+    for name, number in numbers.items():
+        row[features.prefix + name] = number
+    return row
 
 
 def zero_to_one(pixels):
@@ -570,14 +564,10 @@ class Means:
 
 
 # ------------------------------------------------------------------------------- images and files
-
-class Source(NamedTuple):
-    """What is at a path: images, statistics, or both, as in ADM's files."""
-    path: str
-    data: Data                             # None: no images
-    index: np.ndarray                      # which of them to use
-    size: int                              # pixels per side to crop them to; None: as they are
-    given: dict                            # the statistics
+#
+# What is at a path: images of `data` at the places `index`, to be cropped to `size` pixels per side
+# (None: as they are), statistics `given`, or both, as in ADM's files.
+Source = namedtuple('Source', 'path data index size given')
 
 
 def open_source(path, limit, size, features, process):
@@ -771,16 +761,12 @@ def source_statistics(source, options, features, process):
     return made | facts_of(size or first.width, features) | {'n': n} | given
 
 
-# -------------------------------------------------------- tasks: samples, given or of a checkpoint
+# ------------------------------------------------------ the tasks: samples, given or a checkpoint's
 #
 # All processes call a task with the same arguments. It returns rows of the table, which are process
 # 0's, and files to write after the numbers are told: path -> picture, or statistics.
 
-class Trained(NamedTuple):
-    """What --ckpt holds"""
-    model: SimFlow
-    config: Config
-    class_names: list
+Trained = namedtuple('Trained', 'model config class_names')       # what --ckpt holds
 
 
 def compare_given(options, process):
@@ -800,7 +786,11 @@ def compare_given(options, process):
     sample = source_statistics(samples, options, features, process)
     ref = source_statistics(reference, options, features, process)
     row = {'samples': options.samples} | compare(sample, ref, features, process)
-    return [row], {options.save_ref: ref}
+    return [row], reference_file(options, ref)
+
+
+def reference_file(options, ref):
+    return {options.save_ref: ref} if options.save_ref else {}
 
 
 def compare_generated(options, process, trained):
@@ -824,7 +814,7 @@ def compare_generated(options, process, trained):
             row = {'cfg': cfg, 'gamma': gamma} | compare(sample, ref, features, process)
             rows.append(row | {'images/s': speed})
             curve.append((cfg, row.get(fid)))
-    files = {options.save_ref: ref}
+    files = reference_file(options, ref)
     if process.rank == 0 and len(rows) > 1:
         files[options.path('fid_cfg.png')] = plot(curves, 'cfg', f'{fid}-{n}')
     return rows, files
@@ -842,23 +832,16 @@ def generate(options, process, trained, cfg, gamma):
         start += len(images)
 
 
-# ------------------------------------------------------------ tasks: what a checkpoint has learned
+# -------------------------------------------------------- the tasks: what a checkpoint has learned
 
-class Encoded(NamedTuple):
-    """A batch of images in the latent space; T tokens of D channels"""
-    positions: np.ndarray                  # (b,) among all images
-    pixels: np.ndarray                     # (b, H, W, 3) uint8
-    image: torch.Tensor                    # (b, 3, H, W) in [-1, 1]
-    y: torch.Tensor                        # (b,)
-    x: torch.Tensor                        # (b, T, D), mu with noise
-    mu: torch.Tensor                       # (b, T, D)
-    sigma: torch.Tensor                    # (b, T, D) or a number
-    noise: torch.Tensor                    # (b, T, D)
+Encoded = namedtuple('Encoded', 'positions pixels image y x mu sigma noise')
 
 
 def encode(options, process, trained, data, index):
-    """Yield this process's share of data[index] as Encoded. y: the data's classes where the model
-    knows them by the same names, else "no class"."""
+    """Yield this process's share of data[index] as Encoded: positions in index (b,), pixels
+    (b, H, W, 3) uint8, image (b, 3, H, W) in [-1, 1], y (b,), x = mu with noise, mu, sigma and
+    noise (b, T, D). y: the data's classes where the model knows them by the same names, else "no
+    class"."""
     model, device = trained.model, process.device
     known = trained.class_names == data.class_names
     if trained.class_names and not known:
@@ -866,11 +849,12 @@ def encode(options, process, trained, data, index):
                       'to the model')
     batches = load_batches(data, index, trained.config.image_size, options, process)
     for positions, pixels in progress(batches, len(index), 'encoding', process):
-        numbers, noise = index[positions], []
+        numbers = index[positions]
+        noise = []
         for i in numbers.tolist():
             g = generator('cpu', RECON, options.seed, i)
             noise.append(torch.randn(model.flow.shape, generator=g))
-        noise = torch.stack(noise).to(device)
+        noise = torch.stack(noise).to(device)                      # (b, T, D)
         y = data.labels[numbers] if known else np.full(len(numbers), model.flow.null_class)
         y = torch.from_numpy(y).to(device)
         image = (2 * zero_to_one(pixels) - 1).to(device)
@@ -915,7 +899,8 @@ def reconstruct(options, process, trained):
         recons, numbers = statistics[name].summary('reconstructions'), means[name].result()
         rfid = frechet(recons['mu'], recons['sigma'], ref['mu'], ref['sigma'])
         row = {'decoded': name, 'n': n, features.prefix + 'rFID': rfid}
-        rows.append(row | {key: mean.item() for key, mean in numbers.items()})
+        row.update({key: mean.item() for key, mean in numbers.items()})
+        rows.append(row)
     return rows, {}
 
 
@@ -960,37 +945,34 @@ def explore_latents(options, process, trained):
     means = Means(n, process)
     for batch in encode(options, process, trained, data, index):
         mu, original = batch.mu, zero_to_one(batch.pixels)
-        unit_noise, noisy = mu.std((1, 2), keepdim=True) * batch.noise, []
+        means.add({'mu': mu, 'square': mu.cpu().double() ** 2} | grid_statistics(mu))
+        unit_noise = mu.std((1, 2), keepdim=True) * batch.noise
         for level in NOISE_LEVELS:
             recon = to_uint8(decode(mu + level * unit_noise, process, trained))
-            noisy.append(psnr(zero_to_one(recon), original))
-        means.add({'mu': mu, 'square': mu.cpu().double() ** 2, 'PSNR': torch.stack(noisy, dim=1)})
-        means.add(grid_statistics(mu))
+            means.add({f'PSNR at {level}': psnr(zero_to_one(recon), original)})
     numbers = means.result()
-    var = numbers.pop('square') - numbers.pop('mu') ** 2                               # (T, D)
-    std = (var.clamp(min=0) * n / (n - 1)).sqrt().mean(0)                              # (D,)
-    noisy = dict(zip(NOISE_LEVELS, numbers.pop('PSNR').tolist()))
+    var = numbers.pop('square') - numbers.pop('mu') ** 2           # (T, D)
+    std = (var.clamp(min=0) * n / (n - 1)).sqrt().mean(0)          # (D,)
     row = {'n': n, 'std of mu': std.mean().item()}
     row.update({name: number.item() for name, number in numbers.items()})
-    row.update({f'PSNR at {level}': number for level, number in noisy.items()})
     if process.rank:
         return [row], {}
+    noisy = [(level, row[f'PSNR at {level}']) for level in NOISE_LEVELS]
     count, edges = np.histogram(std, bins=10)
-    outline = list(zip(np.repeat(edges, 2), [0, *np.repeat(count, 2), 0]))
+    outline = np.repeat(edges, 2), [0, *np.repeat(count, 2), 0]
     return [row], {
         options.path('latents_noise.png'): plot(
-            {f'sigma {trained.config.sigma:g}': list(noisy.items())},
+            {f'sigma {trained.config.sigma:g}': noisy},
             'noise on mu, in standard deviations of mu', 'PSNR of decode(mu + noise), dB'),
-        options.path('latents_std.png'): plot({'': outline}, 'std of mu', 'channels'),
+        options.path('latents_std.png'): plot({'': np.stack(outline, 1)}, 'std of mu', 'channels'),
         options.path('latents_interpolation.png'): interpolate(options, process, trained, data)}
 
 
 def interpolate(options, process, trained, data):
     """-> PIL image: four pairs of images, of any class, and the way between them (Figure 3)"""
-    pixels = []
-    for i in np.random.default_rng(options.seed).permutation(len(data))[:8]:
-        pixels.append(load_pixels(data, i, trained.config.image_size)[1])
-    pixels = np.stack(pixels)                                                  # (8, H, W, 3)
+    some = np.random.default_rng(options.seed).permutation(len(data))[:8]
+    size = trained.config.image_size
+    pixels = np.stack([load_pixels(data, i, size)[1] for i in some])           # (8, H, W, 3)
     with process.autocast():
         ends, _ = trained.model.vae.encode((2 * zero_to_one(pixels) - 1).to(process.device))
     way = torch.linspace(0, 1, 9, device=ends.device).view(9, 1, 1)
@@ -1016,7 +998,8 @@ def by_likelihood(flow, x):
     """Bayes' rule with equal priors, one forward per class: x (B, T, D) -> scores (B, classes)"""
     scores = []
     for c in range(flow.null_class):
-        scores.append(-flow.nll(x, torch.full((len(x),), c, device=x.device)))
+        y = torch.full((len(x),), c, device=x.device)
+        scores.append(-flow.nll(x, y))
     return torch.stack(scores, dim=1)
 
 
@@ -1067,30 +1050,28 @@ COLOURS = '#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9'   # O
 
 
 def plot(series, x_label, y_label):
-    """Curves, name -> list of (x, y) -> PIL image"""
-    points = np.concatenate([np.array(curve, float) for curve in series.values()])
+    """Curves, name -> list of (x, y) -> PIL image. Drawn at twice the size, for smooth lines."""
+    points = np.concatenate([np.array(curve) for curve in series.values()])
     low, high = points.min(0), points.max(0)
     high = np.where(high > low, high, low + 1)
-    # Drawn at twice the size, for smooth lines: from the lower left to the upper right corner.
-    corner, opposite = np.array([160, 840]), np.array([1400, 80])
-    scale = 0.95 * (opposite - corner) / (high - low)
+    left, bottom, right, top = 160, 840, 1380, 80
+    origin = np.array([left, bottom])
+    scale = (right - left, top - bottom) / (high - low)
     image = Image.new('RGB', (1440, 960), 'white')
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(28)
-    for x, y in np.linspace(low, high, 6):
-        right, up = corner + ((x, y) - low) * scale
-        draw.line([right, corner[1], right, opposite[1]], '#dddddd', 2)
-        draw.line([corner[0], up, opposite[0], up], '#dddddd', 2)
-        draw.text((right, 850), f'{x:.3g}', 'black', font, anchor='ma')
-        draw.text((144, up), f'{y:.3g}', 'black', font, anchor='rm')
-    draw.text((780, 930), x_label, 'black', font, anchor='ms')
-    draw.text((160, 40), y_label, 'black', font, anchor='ls')
+    for value in np.linspace(low, high, 6):
+        x, y = origin + (value - low) * scale
+        draw.line([x, bottom, x, top], '#dddddd', 2)
+        draw.line([left, y, right, y], '#dddddd', 2)
+        draw.text((x, bottom + 12), f'{value[0]:.3g}', 'black', font, anchor='ma')
+        draw.text((left - 12, y), f'{value[1]:.3g}', 'black', font, anchor='rm')
+    draw.text(((left + right) / 2, 930), x_label, 'black', font, anchor='ms')
+    draw.text((left, 48), y_label, 'black', font, anchor='ls')
     for i, (name, curve) in enumerate(series.items()):
         colour = COLOURS[i % len(COLOURS)]
-        curve = [tuple(corner + (point - low) * scale) for point in np.array(curve, float)]
-        draw.line(curve, colour, 5, joint='curve')
-        for point in curve:
-            draw.circle(point, 8, colour)
-        draw.text((1400, 40 + 32 * i), name, colour, font, anchor='rs')
+        pixels = origin + (np.array(curve) - low) * scale
+        draw.line(pixels.ravel().tolist(), colour, 5, joint='curve')
+        draw.text((right, top + 12 + 36 * i), name, colour, font, anchor='ra')
     return image.reduce(2)
 
 
@@ -1152,11 +1133,11 @@ def report(rows, options, seconds):
     if 'FID' in words and min(counts, default=2049) < 2049:
         print(f'  WARNING: {min(counts)} images are fewer than 2,049: singular covariance, FID far '
               'too large')
-    finite = []
     for row in rows:
-        finite.append({name: None if isinstance(value, float) and not math.isfinite(value)
-                       else value for name, value in row.items()})
-    print(json.dumps({'rows': finite, 'options': vars(options), 'conventions': used,
+        for name, value in row.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                row[name] = None
+    print(json.dumps({'rows': rows, 'options': vars(options), 'conventions': used,
                       'seconds': round(seconds, 1)}))
 
 
@@ -1198,8 +1179,7 @@ def main(argv):
         report(rows, options, time.time() - start)
         # Last, as a full disk may refuse them.
         for path, content in files.items():
-            if path:
-                save(path, content)
+            save(path, content)
 
 
 if __name__ == '__main__':
