@@ -486,16 +486,18 @@ def psnr(a, b):
 def ssim(a, b):
     """(B, 3, H, W) on [0, 1] -> (B,) structural similarity (Wang et al. 2004), the variant in
     CONVENTIONS"""
-    window = torch.exp(-torch.arange(-5.0, 6.0, device=a.device).square() / (2 * 1.5 ** 2))
+    position = torch.arange(-5.0, 6.0, device=a.device)
+    window = torch.exp(-position.square() / (2 * 1.5 ** 2))
     window = torch.outer(window, window) / window.sum() ** 2       # (11, 11)
     moments = torch.cat([a, b, a * a, b * b, a * b], dim=1)        # (B, 15, H, W)
     moments = F.pad(moments, (5, 5, 5, 5), mode='reflect')
     moments = F.conv2d(moments, window.expand(15, 1, 11, 11), groups=15)
     mu_a, mu_b, aa, bb, ab = moments.chunk(5, dim=1)               # (B, 3, H, W) each
     variances = (aa - mu_a ** 2).clamp(min=0) + (bb - mu_b ** 2).clamp(min=0)
+    covariance = ab - mu_a * mu_b
     c1, c2 = 0.01 ** 2, 0.03 ** 2
     luminance = (2 * mu_a * mu_b + c1) / (mu_a ** 2 + mu_b ** 2 + c1)
-    return (luminance * (2 * (ab - mu_a * mu_b) + c2) / (variances + c2)).mean((1, 2, 3))
+    return (luminance * (2 * covariance + c2) / (variances + c2)).mean((1, 2, 3))
 
 
 def distortion(image, recon, std):
@@ -530,17 +532,19 @@ def grid_statistics(mu):
     if side < 2:
         return {}
     g = (mu - mu.mean(1, keepdim=True)).float().cpu()
-    lagged = (g[:, 1:] * g[:, :-1]).sum(1) / g.square().sum(1).clamp(min=1e-12)    # (b, D)
+    lagged = (g[:, 1:] * g[:, :-1]).sum(1)                                         # (b, D)
+    lagged = lagged / g.square().sum(1).clamp(min=1e-12)
     g = g.unflatten(1, (side, side))                                               # (b, h, h, D)
     power = torch.fft.fft2(g, dim=(1, 2)).abs().square()
     p = power / power.sum((1, 2), keepdim=True).clamp(min=1e-12)
     entropy = torch.special.entr(p).sum((1, 2)).mean(1)
     frequency = torch.fft.fftfreq(side)
     high = torch.hypot(frequency[:, None], frequency) > 0.25                       # (h, h)
-    variation = g.diff(dim=1).abs().mean((1, 2, 3)) + g.diff(dim=2).abs().mean((1, 2, 3))
+    down = g.diff(dim=1).abs().mean((1, 2, 3))
+    across = g.diff(dim=2).abs().mean((1, 2, 3))
     return {'spectral entropy': entropy / math.log(tokens - 1),
             'high frequencies': p[:, high].sum(1).mean(1),
-            'total variation': variation / 2,
+            'total variation': (down + across) / 2,
             'autocorrelation': lagged.mean(1)}
 
 
@@ -905,7 +909,7 @@ def reconstruct(options, process, trained):
 
 
 def similarity(recon, batch, lpips):
-    """Of reconstructions (b, 3, H, W) and the batch's images -> name -> (b,)"""
+    """Reconstructions (b, 3, H, W), the batch they are of, LPIPS or None -> name -> (b,)"""
     a, b = zero_to_one(to_uint8(recon)), zero_to_one(batch.pixels)
     values = {'PSNR': psnr(a, b)}
     if min(a.shape[2:]) > 5:                                       # SSIM's window needs as many
@@ -917,8 +921,8 @@ def similarity(recon, batch, lpips):
 
 
 def likelihood(recon, batch, options, process, trained):
-    """Of a batch and its reconstructions (b, 3, H, W) -> name -> (b,), in bits. Diffusion has no
-    likelihood; pixels are decoded exactly, and have a rate alone."""
+    """Reconstructions (b, 3, H, W), the batch they are of -> name -> (b,), in bits. Diffusion has
+    no likelihood; pixels are decoded exactly, and have a rate alone."""
     model, config = trained.model, trained.config
     if config.prior == 'sit':
         return {}
