@@ -145,20 +145,24 @@ class Mixed(nn.Module):
 
 def mixed_35(cin, pooled):
     """A block on the grid of 35 x 35"""
-    return Mixed(cin, AVERAGE, [('branch1x1', 64, 1)],
-                 [('branch5x5_1', 48, 1), ('branch5x5_2', 64, 5)],
-                 [('branch3x3dbl_1', 64, 1), ('branch3x3dbl_2', 96, 3), ('branch3x3dbl_3', 96, 3)],
-                 [('branch_pool', pooled, 1)])
+    return Mixed(
+        cin, AVERAGE,
+        [('branch1x1', 64, 1)],
+        [('branch5x5_1', 48, 1), ('branch5x5_2', 64, 5)],
+        [('branch3x3dbl_1', 64, 1), ('branch3x3dbl_2', 96, 3), ('branch3x3dbl_3', 96, 3)],
+        [('branch_pool', pooled, 1)])
 
 
 def mixed_17(c):
     """A block on the grid of 17 x 17: kernels of 7 x 7, as rows and columns in turn"""
-    return Mixed(768, AVERAGE, [('branch1x1', 192, 1)],
-                 [('branch7x7_1', c, 1), ('branch7x7_2', c, (1, 7)), ('branch7x7_3', 192, (7, 1))],
-                 [('branch7x7dbl_1', c, 1), ('branch7x7dbl_2', c, (7, 1)),
-                  ('branch7x7dbl_3', c, (1, 7)), ('branch7x7dbl_4', c, (7, 1)),
-                  ('branch7x7dbl_5', 192, (1, 7))],
-                 [('branch_pool', 192, 1)])
+    row, column = (1, 7), (7, 1)
+    return Mixed(
+        768, AVERAGE,
+        [('branch1x1', 192, 1)],
+        [('branch7x7_1', c, 1), ('branch7x7_2', c, row), ('branch7x7_3', 192, column)],
+        [('branch7x7dbl_1', c, 1), ('branch7x7dbl_2', c, column), ('branch7x7dbl_3', c, row),
+         ('branch7x7dbl_4', c, column), ('branch7x7dbl_5', 192, row)],
+        [('branch_pool', 192, 1)])
 
 
 class Mixed8(nn.Module):
@@ -204,16 +208,22 @@ class Inception(nn.ModuleDict):
             'Mixed_5b': mixed_35(192, pooled=32),
             'Mixed_5c': mixed_35(256, pooled=64),
             'Mixed_5d': mixed_35(288, pooled=64),
-            'Mixed_6a': Mixed(288, HALVE, [('branch3x3', 384, 3, 2)],
-                              [('branch3x3dbl_1', 64, 1), ('branch3x3dbl_2', 96, 3),
-                               ('branch3x3dbl_3', 96, 3, 2)], []),
+            'Mixed_6a': Mixed(
+                288, HALVE,
+                [('branch3x3', 384, 3, 2)],
+                [('branch3x3dbl_1', 64, 1), ('branch3x3dbl_2', 96, 3),
+                 ('branch3x3dbl_3', 96, 3, 2)],
+                []),
             'Mixed_6b': mixed_17(128),
             'Mixed_6c': mixed_17(160),
             'Mixed_6d': mixed_17(160),
             'Mixed_6e': mixed_17(192),
-            'Mixed_7a': Mixed(768, HALVE, [('branch3x3_1', 192, 1), ('branch3x3_2', 320, 3, 2)],
-                              [('branch7x7x3_1', 192, 1), ('branch7x7x3_2', 192, (1, 7)),
-                               ('branch7x7x3_3', 192, (7, 1)), ('branch7x7x3_4', 192, 3, 2)], []),
+            'Mixed_7a': Mixed(
+                768, HALVE,
+                [('branch3x3_1', 192, 1), ('branch3x3_2', 320, 3, 2)],
+                [('branch7x7x3_1', 192, 1), ('branch7x7x3_2', 192, (1, 7)),
+                 ('branch7x7x3_3', 192, (7, 1)), ('branch7x7x3_4', 192, 3, 2)],
+                []),
             'Mixed_7b': Mixed8(1280, AVERAGE),
             'Mixed_7c': Mixed8(2048, MAXIMUM),
             'fc': nn.Linear(2048, 1008)})
@@ -237,7 +247,8 @@ def resize(x, size):
     the last bit."""
     for dim in (3, 2):
         n = x.shape[dim]
-        position = torch.arange(size, dtype=torch.float32, device=x.device) * torch.tensor(n / size)
+        position = torch.arange(size, dtype=torch.float32, device=x.device)
+        position = position * torch.tensor(n / size)
         low = position.long()
         high = (low + 1).clamp(max=n - 1)
         weight = position - low                                    # (size,)
@@ -262,9 +273,11 @@ def random_inception(seed=0):
             value.copy_(torch.from_numpy(rng.uniform(-0.5, 0.5, value.shape)) + centre)
     noise = 0
     for size in (2, 4, 8, 16, 32):
-        noise = noise + resize(torch.from_numpy(rng.standard_normal((4, 3, size, size))), 32)
+        octave = torch.from_numpy(rng.standard_normal((4, 3, size, size)))
+        noise = noise + resize(octave, 32)
+    images = (128 + 40 * noise).clamp(0, 255).byte()
     with torch.no_grad():
-        net.train()((128 + 40 * noise).clamp(0, 255).byte())
+        net.train()(images)
     return net.float().eval().requires_grad_(False)
 
 
@@ -302,7 +315,7 @@ def load_random(options):
     return Features(random_inception(), 2048, 'random', prefix='random ')
 
 
-# Another network is another row.
+# Another network to compare features of is another row.
 FEATURES = {'inception': load_inception, 'random': load_random}
 
 
@@ -392,8 +405,9 @@ class Statistics:
 
 def gaussian(total):
     """Sum over images of (f, 1) (f, 1)^T -> mean (d,), unbiased covariance (d, d)"""
-    n, mean = total[-1, -1], total[-1, :-1] / total[-1, -1]
-    return mean, (total[:-1, :-1] - n * np.outer(mean, mean)) / (n - 1)
+    n, second = total[-1, -1], total[:-1, :-1]
+    mean = total[-1, :-1] / n
+    return mean, (second - n * np.outer(mean, mean)) / (n - 1)
 
 
 def inception_score(p, p_log_p, n):
@@ -416,11 +430,13 @@ def frechet(mu_a, cov_a, mu_b, cov_b):
     of A B. L is Cholesky's, or where A is singular, as with fewer images than features, made of
     eigenvectors.
     """
-    a, b = torch.from_numpy(cov_a).double(), torch.from_numpy(cov_b).double()
+    a = torch.from_numpy(cov_a).double()
+    b = torch.from_numpy(cov_b).double()
     a, b = (a + a.T) / 2, (b + b.T) / 2
     noise = torch.finfo(a.dtype).eps * len(a)                      # rounding's share of the largest
     root, failed = torch.linalg.cholesky_ex(a)
-    if failed or root.diagonal().min() ** 2 <= noise * root.diagonal().max() ** 2:
+    pivots = root.diagonal() ** 2
+    if failed or pivots.min() <= noise * pivots.max():
         values, vectors = torch.linalg.eigh(a)
         positive = values > noise * values[-1]
         root = vectors[:, positive] * values[positive].sqrt()
@@ -480,7 +496,8 @@ def zero_to_one(pixels):
 
 def psnr(a, b):
     """(B, 3, H, W) on [0, 1] -> (B,) dB"""
-    return -10 * (a - b).square().mean((1, 2, 3)).clamp(min=1e-10).log10()
+    error = (a - b).square().mean((1, 2, 3))
+    return -10 * error.clamp(min=1e-10).log10()
 
 
 def ssim(a, b):
@@ -677,8 +694,12 @@ def facts_of(size, features):
 
 def save_statistics(path, statistics):
     """As given_statistics reads them: arrays, and the rest as a text."""
-    arrays = {name: value for name, value in statistics.items() if isinstance(value, np.ndarray)}
-    facts = {name: value for name, value in statistics.items() if isinstance(value, (str, int))}
+    arrays, facts = {}, {}
+    for name, value in statistics.items():
+        if isinstance(value, np.ndarray):
+            arrays[name] = value
+        elif value is not None:
+            facts[name] = value
     with whole(path) as temporary, open(temporary, 'wb') as f:
         np.savez(f, facts=json.dumps(facts), **arrays)
 
@@ -767,8 +788,8 @@ def source_statistics(source, options, features, process):
 
 # ------------------------------------------------------ the tasks: samples, given or a checkpoint's
 #
-# All processes call a task with the same arguments. It returns rows of the table, which are process
-# 0's, and files to write after the numbers are told: path -> picture, or statistics.
+# All processes call the same task. It returns rows of the table, name -> value, which count on
+# process 0, and what to write once the numbers are printed: path -> picture, or statistics.
 
 Trained = namedtuple('Trained', 'model config class_names')       # what --ckpt holds
 
@@ -886,20 +907,21 @@ def reconstruct(options, process, trained):
         lpips = load_lpips(options.lpips_vgg, options.lpips_heads, '--features random')
         lpips.to(process.device)
     means, statistics = {}, {}
-    for name in ('mu + sigma eps', 'mu'):
+    noisy, clean = 'mu + sigma eps', 'mu'                          # what is decoded
+    for name in (noisy, clean):
         means[name] = Means(n, process)
         statistics[name] = Statistics(features.network, n, [], process)
     for batch in encode(options, process, trained, source.data, source.index):
-        silence = torch.zeros_like(batch.noise)
-        clean = trained.model.noise.add(batch.mu, batch.sigma, silence)
-        for name, latents in (('mu + sigma eps', batch.x), ('mu', clean)):
-            recon = decode(latents, process, trained)
+        no_noise = torch.zeros_like(batch.noise)
+        x_clean = trained.model.noise.add(batch.mu, batch.sigma, no_noise)
+        for name, x in ((noisy, batch.x), (clean, x_clean)):
+            recon = decode(x, process, trained)
             statistics[name].add(batch.positions, to_uint8(recon))
             means[name].add(similarity(recon, batch, lpips))
-            if latents is batch.x:
+            if name == noisy:
                 means[name].add(likelihood(recon, batch, options, process, trained))
     rows = []
-    for name in means:
+    for name in (noisy, clean):
         recons, numbers = statistics[name].summary('reconstructions'), means[name].result()
         rfid = frechet(recons['mu'], recons['sigma'], ref['mu'], ref['sigma'])
         row = {'decoded': name, 'n': n, features.prefix + 'rFID': rfid}
@@ -915,7 +937,8 @@ def similarity(recon, batch, lpips):
     if min(a.shape[2:]) > 5:                                       # SSIM's window needs as many
         values['SSIM'] = ssim(a, b)
     if lpips:
-        a, b = (2 * a - 1).to(recon.device), (2 * b - 1).to(recon.device)
+        a = (2 * a - 1).to(recon.device)
+        b = (2 * b - 1).to(recon.device)
         values['LPIPS'] = lpips(a, b).flatten()
     return values
 
@@ -949,7 +972,8 @@ def explore_latents(options, process, trained):
     means = Means(n, process)
     for batch in encode(options, process, trained, data, index):
         mu, original = batch.mu, zero_to_one(batch.pixels)
-        means.add({'mu': mu, 'square': mu.cpu().double() ** 2} | grid_statistics(mu))
+        means.add({'mu': mu, 'square': mu.cpu().double() ** 2})
+        means.add(grid_statistics(mu))
         unit_noise = mu.std((1, 2), keepdim=True) * batch.noise
         for level in NOISE_LEVELS:
             recon = to_uint8(decode(mu + level * unit_noise, process, trained))
@@ -977,13 +1001,15 @@ def interpolate(options, process, trained, data):
     some = np.random.default_rng(options.seed).permutation(len(data))[:8]
     size = trained.config.image_size
     pixels = np.stack([load_pixels(data, i, size)[1] for i in some])           # (8, H, W, 3)
+    image = (2 * zero_to_one(pixels) - 1).to(process.device)
     with process.autocast():
-        ends, _ = trained.model.vae.encode((2 * zero_to_one(pixels) - 1).to(process.device))
+        ends, _ = trained.model.vae.encode(image)                              # (8, T, D)
     way = torch.linspace(0, 1, 9, device=ends.device).view(9, 1, 1)
     tiles = []
     for i in range(4):
-        between = torch.lerp(ends[i], ends[i + 4], way)                        # (9, T, D)
-        tiles += [pixels[i], *to_uint8(decode(between, process, trained)), pixels[i + 4]]
+        x = torch.lerp(ends[i], ends[i + 4], way)                              # (9, T, D)
+        between = to_uint8(decode(x, process, trained))
+        tiles += [pixels[i], *between, pixels[i + 4]]
     return grid(np.stack(tiles), columns=11)
 
 
@@ -1034,8 +1060,8 @@ def classify(options, process, trained):
     for name in CLASSIFIERS:
         score = torch.cat(scores[name])                            # (share of n, classes)
         centred = score - mean_of(score, n, process)
-        right = torch.stack([score.argmax(1) == labels, centred.argmax(1) == labels], dim=1)
-        accuracy, fair = mean_of(right, n, process).tolist()
+        accuracy = mean_of(score.argmax(1) == labels, n, process).item()
+        fair = mean_of(centred.argmax(1) == labels, n, process).item()
         rows.append({'classifier': name, 'n': n, 'accuracy': accuracy, 'centred': fair,
                      'ms per image': 1000 * seconds[name] * process.world / n})
     return rows, {}
