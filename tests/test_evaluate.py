@@ -28,22 +28,39 @@ HERE = Place(torch.device('cpu'), torch.float32, False)
 
 
 class Tiny(nn.Module):
-    """Stands in for Inception: random projections of an 8 x 8 version of the image, and few of them."""
+    """Stands in for Inception: a few random projections of an 8 x 8 version of the image."""
 
     def __init__(self):
         super().__init__()
         rng = np.random.RandomState(0)
-        self.maps = [torch.from_numpy(rng.standard_normal((192, d)) / 14).float() for d in (24, 10, 20)]
+        self.maps = [torch.from_numpy(rng.standard_normal((192, d)) / 14).float()
+                     for d in (24, 10, 20)]
 
     def forward(self, images):
         h = F.adaptive_avg_pool2d(images.float() / 64 - 2, 8).flatten(1)
         return tuple(h @ weight for weight in self.maps)
 
 
+class PoolOnly(Tiny):
+    """A network without logits and spatial features"""
+
+    def forward(self, images):
+        return super().forward(images)[0], None, None
+
+
+def tiny_features(options):
+    return evaluate.Features(Tiny(), 24, evaluate.INCEPTION_DIGEST, prefix='')
+
+
+def tiny_random(options):
+    return evaluate.Features(Tiny(), 24, 'random', prefix='random ')
+
+
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
     """Inception replaced."""
-    monkeypatch.setattr(evaluate, 'load_inception', lambda features, path: (Tiny(), evaluate.DIGEST))
+    monkeypatch.setitem(evaluate.FEATURES, 'inception', tiny_features)
+    monkeypatch.setitem(evaluate.FEATURES, 'random', tiny_random)
     return tmp_path
 
 
@@ -73,7 +90,7 @@ def summarise(net, pixels, batch=7):
     return statistics.summary('test')
 
 
-# -------------------------------------------------------------------------------------------------- Inception
+# ---------------------------------------------------------------------------------------- Inception
 
 @pytest.fixture(scope='module')
 def inception():
@@ -86,16 +103,18 @@ def expected():
 
 
 def test_inception_has_the_names_and_shapes_of_the_released_weights(inception, expected):
-    state = {name: v for name, v in inception.state_dict().items() if 'num_batches_tracked' not in name}
+    state = {name: v for name, v in inception.state_dict().items()
+             if 'num_batches_tracked' not in name}
     assert len(state) == expected['count']
     assert golden.key_hash(state) == expected['keys']
     evaluate.Inception().load_state_dict(dict(state))              # as the released file
 
 
 def test_features_equal_torch_fidelitys(inception, expected):
-    """In units of the largest feature. Float32 has eps = 6e-8, and a sum of n products is off by about eps sqrt(n) of its
-    scale: 2.4e-6 for the n = 1,300 to 3,500 here. The longest way through the network has some 40 of them in a row: 1.5e-5;
-    of thousands of normal errors the largest is 4 times that."""
+    """In units of the largest feature. Float32 has eps = 6e-8, and a sum of n products is off by
+    about eps sqrt(n) of its scale: 2.4e-6 for the n = 1,300 to 3,500 here. The longest way through
+    the network has some 40 of them in a row: 1.5e-5; of thousands of normal errors the largest is 4
+    times that."""
     images = torch.from_numpy(golden.two_sets()[0][:3]).permute(0, 3, 1, 2).contiguous()
     for name, features in zip(('pool', 'logits', 'spatial'), inception(images)):
         error = np.abs(features[:, ::32].numpy() - expected[name]).max()
@@ -103,10 +122,11 @@ def test_features_equal_torch_fidelitys(inception, expected):
 
 
 def test_metrics_equal_torch_fidelitys(inception, expected):
-    # Features are off by 1.5e-5 (above), and distances are squares of them: 3e-5. Scores are exponentials of logits, sums
-    # of 2048 features.
+    # Features are off by 1.5e-5 (above), and distances are squares of them: 3e-5. Scores are
+    # exponentials of logits, sums of 2048 features.
     net = inception.to(memory_format=torch.channels_last)          # as the program has it
-    row = evaluate.compare(*(summarise(net, pixels) for pixels in golden.two_sets()), 'cpu')
+    sample, ref = [summarise(net, pixels) | {'n': 20} for pixels in golden.two_sets()]
+    row = evaluate.compare(sample, ref, tiny_features(None), HERE)
     assert row['FID'] == pytest.approx(expected['fid'], rel=3e-5)
     assert (row['IS'], row['IS std']) == pytest.approx(expected['score'], rel=1e-4)
     for name in ('precision', 'recall'):
@@ -120,10 +140,11 @@ def test_resize_equals_tensorflow_1_to_the_bit(expected):
 
 
 def test_missing_weights_name_the_address_and_the_place(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, 'WEIGHTS', 'file:///nowhere/' + os.path.basename(evaluate.WEIGHTS))
+    url = 'file:///nowhere/' + os.path.basename(evaluate.INCEPTION_URL)
+    monkeypatch.setattr(evaluate, 'INCEPTION_URL', url)
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
     with pytest.raises(UserError) as e:
-        evaluate.load_inception('inception', '')
+        evaluate.load_inception(evaluate.Options())
     for part in ('file:///nowhere/', str(tmp_path), '--weights'):
         assert part in str(e.value)
 
@@ -132,11 +153,11 @@ def test_other_weights_are_refused_and_left_alone(tmp_path):
     path = tmp_path / 'w.pth'
     path.write_bytes(b'mine')
     with pytest.raises(UserError, match='is not the file'):
-        evaluate.load_inception('inception', str(path))
+        evaluate.load_inception(evaluate.Options(weights=str(path)))
     assert path.read_bytes() == b'mine'
 
 
-# ------------------------------------------------------------------------------------------------- statistics
+# --------------------------------------------------------------------------------------- statistics
 
 def spd(rng, d, rank):
     a = rng.standard_normal((d, rank))
@@ -144,7 +165,8 @@ def spd(rng, d, rank):
 
 
 def by_sqrtm(mu_a, A, mu_b, B):
-    return np.square(mu_a - mu_b).sum() + np.trace(A + B) - 2 * np.trace(scipy.linalg.sqrtm(A @ B)).real
+    root = scipy.linalg.sqrtm(A @ B)
+    return np.square(mu_a - mu_b).sum() + np.trace(A + B) - 2 * np.trace(root).real
 
 
 def by_mpmath(A, B):
@@ -181,14 +203,16 @@ def test_frechet_of_fewer_images_than_features():
         x, y = rng.randn(n, d), rng.randn(m, d) * 2
         a, b = [(f - f.mean(0)) / np.sqrt(len(f) - 1) for f in (x, y)]
         nuclear = np.linalg.svd(a @ b.T, compute_uv=False).sum()
-        expected = np.square(x.mean(0) - y.mean(0)).sum() + (a ** 2).sum() + (b ** 2).sum() - 2 * nuclear
-        ours = evaluate.frechet(x.mean(0), np.cov(x, rowvar=False), y.mean(0), np.cov(y, rowvar=False))
+        expected = np.square(x.mean(0) - y.mean(0)).sum()
+        expected += (a ** 2).sum() + (b ** 2).sum() - 2 * nuclear
+        ours = evaluate.frechet(x.mean(0), np.cov(x, rowvar=False),
+                                y.mean(0), np.cov(y, rowvar=False))
         assert ours == pytest.approx(expected, rel=1e-10)
 
 
 def test_frechet_is_symmetric_and_zero_to_itself():
     rng, d = np.random.RandomState(2), 40
-    for rank in (100, 12):                                         # more and fewer images than features
+    for rank in (100, 12):                             # more and fewer images than features
         a, b = (rng.randn(d), spd(rng, d, rank)), (rng.randn(d), spd(rng, d, rank))
         assert evaluate.frechet(*a, *b) == pytest.approx(evaluate.frechet(*b, *a), rel=1e-9)
         assert evaluate.frechet(*a, *a) < 1e-6
@@ -198,7 +222,8 @@ def test_frechet_is_symmetric_and_zero_to_itself():
 def test_streamed_statistics_equal_those_of_all_features_at_once():
     pixels = golden.images(0, 53, 16)
     summary = summarise(Tiny(), pixels)
-    pool, _, spatial = [f.double().numpy() for f in Tiny()(torch.from_numpy(pixels).permute(0, 3, 1, 2))]
+    outs = Tiny()(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+    pool, _, spatial = [f.double().numpy() for f in outs]
     for f, mu, sigma in ((pool, 'mu', 'sigma'), (spatial, 'mu_s', 'sigma_s')):
         np.testing.assert_allclose(summary[mu], f.mean(0), atol=1e-6)
         np.testing.assert_allclose(summary[sigma], np.cov(f, rowvar=False), atol=1e-6)
@@ -213,41 +238,43 @@ def test_inception_score_by_its_definition():
     for i in range(10):
         part = p[i * 55 // 10:(i + 1) * 55 // 10]
         scores.append(np.exp((part * np.log(part / part.mean(0))).sum(1).mean()))
-    assert summarise(Tiny(), pixels)['score'] == pytest.approx((np.mean(scores), np.std(scores)), rel=1e-6)
+    expected = np.mean(scores), np.std(scores)
+    assert summarise(Tiny(), pixels)['score'] == pytest.approx(expected, rel=1e-6)
 
 
 def test_inception_score_of_distinct_and_of_equal_predictions():
-    n = np.array([4, 4])
-    assert evaluate.inception_score(np.ones((2, 4)), np.zeros(2), n) == pytest.approx((4, 0))  # each once
-    assert evaluate.inception_score(np.eye(2) * 4, np.zeros(2), n) == pytest.approx((1, 0))  # one a split
+    n, each_once, one_per_split = np.array([4, 4]), np.ones((2, 4)), np.eye(2) * 4
+    assert evaluate.inception_score(each_once, np.zeros(2), n) == pytest.approx((4, 0))
+    assert evaluate.inception_score(one_per_split, np.zeros(2), n) == pytest.approx((1, 0))
 
 
-def test_covered_by_hand():
-    centres = torch.tensor([[0.0], [1], [2], [3]])                 # radii, to the third other one: 3, 2, 2, 3
+def test_share_on_manifold_by_hand():
+    centres = torch.tensor([[0.0], [1], [2], [3]])     # radii, to the third other one: 3, 2, 2, 3
     for x, inside in ((-3, True), (-3.5, False), (4, True), (6, True), (6.5, False)):
-        assert evaluate.covered(torch.tensor([[float(x)]]), centres) == inside
-    assert evaluate.covered(torch.tensor([[0.5], [9.0]]), centres) == 0.5
+        assert evaluate.share_on_manifold(torch.tensor([[float(x)]]), centres) == inside
+    assert evaluate.share_on_manifold(torch.tensor([[0.5], [9.0]]), centres) == 0.5
 
 
-def test_covered_does_not_depend_on_the_blocks(monkeypatch):
+def test_share_on_manifold_by_its_definition():
     points, centres = torch.randn(50, 4, generator=torch.Generator().manual_seed(0)).split(25)
-    whole = evaluate.covered(points, centres)
+    whole = evaluate.share_on_manifold(points, centres)
     radii = (centres[:, None] - centres).norm(dim=-1).sort(1).values[:, 3]
     assert whole == ((points[:, None] - centres).norm(dim=-1) <= radii).any(1).double().mean()
 
 
 def test_psnr_and_ssim_equal_torchmetrics():
     metrics = pytest.importorskip('torchmetrics.functional.image')
-    a, b = [torch.from_numpy(golden.images(seed, 3, 32)).permute(0, 3, 1, 2) / 255 for seed in (0, 1)]
+    a, b = [evaluate.zero_to_one(golden.images(seed, 3, 32)) for seed in (0, 1)]
     b = 0.7 * a + 0.3 * b
     expected = metrics.structural_similarity_index_measure(b, a, data_range=1.0, reduction='none')
     torch.testing.assert_close(evaluate.ssim(a, b), expected, rtol=0, atol=1e-5)
-    expected = metrics.peak_signal_noise_ratio(b, a, data_range=1.0, dim=(1, 2, 3), reduction='none')
+    expected = metrics.peak_signal_noise_ratio(b, a, data_range=1.0, dim=(1, 2, 3),
+                                               reduction='none')
     torch.testing.assert_close(evaluate.psnr(a, b), expected)
     torch.testing.assert_close(evaluate.psnr(a, a), torch.full([3], 100.0))
 
 
-# --------------------------------------------------------------------------------------- files and references
+# ----------------------------------------------------------------------------- files and references
 
 def test_folder_zip_and_npz_give_the_same_numbers(tiny, capsys):
     pixels, ref = golden.images(0, 20, 16), save_npz(tiny / 'ref.npz', golden.images(1, 30, 16))
@@ -256,7 +283,8 @@ def test_folder_zip_and_npz_give_the_same_numbers(tiny, capsys):
     np.savez_compressed(tiny / 'packed.npz', pixels)
     save_npz(tiny / 'plain.npz', pixels), save_npz(tiny / 'columns.npz', np.asfortranarray(pixels))
     for version in (2, 3):                                         # of numpy's format
-        with zipfile.ZipFile(tiny / f'version{version}.npz', 'w') as z, z.open('arr_0.npy', 'w') as f:
+        path = tiny / f'version{version}.npz'
+        with zipfile.ZipFile(path, 'w') as z, z.open('arr_0.npy', 'w') as f:
             np.lib.format.write_array(f, pixels, (version, 0))
     names = 'archive.zip', 'packed.npz', 'plain.npz', 'columns.npz', 'version2.npz', 'version3.npz'
     sources = [folder, *(tiny / name for name in names)]
@@ -302,7 +330,8 @@ def test_a_full_disk_costs_no_numbers(tiny, capsys, monkeypatch):
 
 
 def test_two_sizes_are_said(tiny, capsys):
-    samples, ref = save_npz(tiny / 's.npz', golden.images(0, 20, 16)), save_npz(tiny / 'r.npz', golden.images(0, 20, 32))
+    samples = save_npz(tiny / 's.npz', golden.images(0, 20, 16))
+    ref = save_npz(tiny / 'r.npz', golden.images(0, 20, 32))
     evaluate.main([str(samples), '--ref', str(ref)])
     assert 'r.npz has images of 32 x 32 pixels, compared at 16' in capsys.readouterr().out
 
@@ -329,10 +358,13 @@ def dangling(path):
 
 
 IMAGES = golden.images(0, 20, 8)
-BAD = {                                                            # name: file, how it is written, message
-    'grey': ('x.npz', lambda path: save_npz(path, IMAGES[..., :1]), r'must be uint8 \(N, H, W, 3\)'),
-    'float': ('x.npz', lambda path: save_npz(path, IMAGES / 255), r'float64.*must be uint8 \(N, H, W, 3\)'),
-    'sizes': ('x', lambda path: save_folder(path, [*IMAGES, *golden.images(0, 9, 9)]), 'of one size'),
+BAD = {                                                # name: file, how it is written, message
+    'grey': ('x.npz', lambda path: save_npz(path, IMAGES[..., :1]),
+             r'must be uint8 \(N, H, W, 3\)'),
+    'float': ('x.npz', lambda path: save_npz(path, IMAGES / 255),
+              r'float64.*must be uint8 \(N, H, W, 3\)'),
+    'sizes': ('x', lambda path: save_folder(path, [*IMAGES, *golden.images(0, 9, 9)]),
+              'of one size'),
     'oblong': ('x.npz', lambda path: save_npz(path, IMAGES[:, :4]), 'square'),
     'few': ('x.npz', lambda path: save_npz(path, IMAGES[:9]), 'has 9 images; the numbers need 10'),
     'empty': ('x', lambda path: save_folder(path, []), 'no images'),
@@ -353,16 +385,15 @@ def test_bad_samples_are_one_sentence(case, tiny, capsys):
         run(capsys, tiny / name, '--ref', save_npz(tiny / 'ref.npz', IMAGES))
 
 
-def test_random_features_never_pass_for_fid(tiny, capsys, monkeypatch):
-    monkeypatch.setattr(evaluate, 'load_inception', lambda features, path: (Tiny(), 'random'))
+def test_random_features_never_pass_for_fid(tiny, capsys):
     samples = save_npz(tiny / 's.npz', IMAGES)
-    evaluate.main([str(samples), '--ref', str(samples), '--features', 'random', '--save_ref', str(tiny / 'random.npz')])
+    evaluate.main([str(samples), '--ref', str(samples), '--features', 'random', '--save_ref',
+                   str(tiny / 'random.npz')])
     out = capsys.readouterr().out
     assert 'random FID-20' in out and 'NOT FID' in out and '"FID": 0' not in out
     np.savez(tiny / 'adm.npz', mu=np.zeros(24), sigma=np.eye(24))
-    with pytest.raises(UserError, match='arr_0'):                  # ADM's statistics are Inception's
+    with pytest.raises(UserError, match='arr_0'):      # ADM's statistics are Inception's
         run(capsys, samples, '--ref', tiny / 'adm.npz', '--features', 'random')
-    monkeypatch.setattr(evaluate, 'load_inception', lambda features, path: (Tiny(), evaluate.DIGEST))
     with pytest.raises(UserError, match='inception random, not sha256'):
         run(capsys, samples, '--ref', tiny / 'random.npz')
 
@@ -370,10 +401,28 @@ def test_random_features_never_pass_for_fid(tiny, capsys, monkeypatch):
 def test_features_that_are_not_finite_are_an_error(tiny, capsys, monkeypatch):
     nan = Tiny()
     nan.maps[0][0, 0] = float('nan')
-    monkeypatch.setattr(evaluate, 'load_inception', lambda features, path: (nan, evaluate.DIGEST))
+    monkeypatch.setitem(evaluate.FEATURES, 'inception',
+                        lambda options: tiny_features(options)._replace(network=nan))
     samples = save_npz(tiny / 's.npz', golden.images(0, 20, 8))
     with pytest.raises(UserError, match='not finite'):
         run(capsys, samples, '--ref', samples)
+
+
+def test_a_network_may_lack_logits_and_spatial_features(tiny, capsys, monkeypatch):
+    def load(options):
+        return evaluate.Features(PoolOnly(), 24, 'pool only', prefix='pool ')
+    monkeypatch.setitem(evaluate.FEATURES, 'pool', load)
+    samples = save_npz(tiny / 's.npz', IMAGES)
+    ref = save_npz(tiny / 'r.npz', golden.images(1, 20, 8))
+    argv = [samples, '--ref', ref, '--save_ref', tiny / 'ours.npz']
+    expected, = run(capsys, *argv)['rows']
+    argv = [samples, '--ref', ref, '--save_ref', tiny / 'pool.npz', '--features', 'pool']
+    row, = run(capsys, *argv)['rows']
+    for name in ('FID', 'precision', 'recall'):
+        assert row[f'pool {name}'] == expected[name]
+    assert row['pool sFID'] is None and row['pool IS'] is None
+    with pytest.raises(UserError, match='inception pool only, not sha256'):
+        run(capsys, samples, '--ref', tiny / 'pool.npz')
 
 
 def test_jpeg_samples_are_a_warning(tiny, capsys):
@@ -390,7 +439,8 @@ def test_jpeg_samples_are_a_warning(tiny, capsys):
     (['--ckpt', 'c', '--ref', 'b', '--cfg', '0', '-1'], '--cfg must not be negative'),
     (['a.npz', '--ref', 'b', '--seed', '-1'], '--seed must not be negative'),
     (['a.npz', '--ref', 'b', '--seed', str(2 ** 64)], 'seed.*too large'),
-    (['a.npz', '--ref', 'b', '--save_ref', 'x.zip'], '--save_ref')])
+    (['a.npz', '--ref', 'b', '--save_ref', 'x.zip'], '--save_ref'),
+    (['--ckpt', 'c', '--reconstruct', 'a', '--ref', 'b', '--save_ref', 'x.npz'], '--save_ref')])
 def test_bad_options_are_one_sentence(argv, message):
     with pytest.raises(UserError, match=message):
         evaluate.main(argv)
@@ -398,7 +448,8 @@ def test_bad_options_are_one_sentence(argv, message):
 
 def test_samples_may_stand_anywhere(tiny, capsys):
     samples = str(save_npz(tiny / 's.npz', golden.images(0, 20, 8)))
-    for argv in ([samples, '--ref', samples], ['--ref', samples, samples], ['--ref', samples, '--samples', samples],
+    for argv in ([samples, '--ref', samples], ['--ref', samples, samples],
+                 ['--ref', samples, '--samples', samples],
                  ['--ref', samples, '--batch_size', '7', samples, '--seed', '3']):
         assert run(capsys, *argv)['rows'][0]['samples'] == samples
 
@@ -419,22 +470,23 @@ def test_a_few_unreadable_images_are_replaced_and_named(tiny, capsys):
     assert row['n'] == 200 and row['FID'] == pytest.approx(expected['FID'], rel=1e-9)
 
 
-# -------------------------------------------------------------------------------------------------- processes
+# ---------------------------------------------------------------------------------------- processes
 
 def share_work(rank, world, folder):
     """One process of `world`: compare two folders, process 0 writes the numbers down."""
     if world > 1:
-        torch.distributed.init_process_group('gloo', f'file://{folder}/rendezvous{world}', rank=rank,
-                                             world_size=world)
+        torch.distributed.init_process_group('gloo', f'file://{folder}/rendezvous{world}',
+                                             rank=rank, world_size=world)
     place = dataclasses.replace(HERE, rank=rank, world=world)
     evaluate.find_place = lambda device, dtype: place
-    evaluate.load_inception = lambda features, path: (Tiny(), evaluate.DIGEST)
+    evaluate.FEATURES['inception'] = tiny_features
     evaluate.load_lpips = Distance
     tables = []
     evaluate.report = lambda rows, *args: tables.extend(rows)
     os.chdir(folder)
     model = '--ckpt ckpt.pt'
-    for argv in ('s.npz --ref r.npz', f'{model} --ref r.npz --n 11 --cfg 1', f'{model} --reconstruct r.npz',
+    for argv in ('s.npz --ref r.npz', f'{model} --ref r.npz --n 11 --cfg 1',
+                 f'{model} --reconstruct r.npz',
                  f'{model} --reconstruct r.npz --latents 1'):
         evaluate.main(f'{argv} --batch_size 4'.split())
     if rank == 0:
@@ -456,7 +508,7 @@ def test_any_number_of_processes_gives_the_same_numbers(tmp_path):
             assert a[name] == pytest.approx(b[name], rel=1e-6), name
 
 
-# ------------------------------------------------------------------------------------------------ checkpoints
+# -------------------------------------------------------------------------------------- checkpoints
 
 class Distance(nn.Module):
     """Stands in for LPIPS."""
@@ -470,7 +522,8 @@ class Distance(nn.Module):
 
 def save_checkpoint(path, **more):
     """An untrained model of 16 x 16 images, of which nothing is zero."""
-    small = dict(image_size=16, latent_dim=8, vae_width=16, vae_mults=(1,), width=16, heads=1, layers=(1, 1))
+    small = dict(image_size=16, latent_dim=8, vae_width=16, vae_mults=(1,), width=16, heads=1,
+                 layers=(1, 1))
     config = Config(**PRESETS['nano'] | small | more)
     torch.manual_seed(0)
     model = SimFlow(config, 3)
@@ -481,24 +534,33 @@ def save_checkpoint(path, **more):
     return path
 
 
+def checkpoint_and_images(folder, image_size=16):
+    """-> their paths"""
+    images = golden.images(1, 20, image_size)
+    return (save_checkpoint(folder / 'ckpt.pt', image_size=image_size),
+            save_npz(folder / 'images.npz', images))
+
+
 def test_guidance_makes_a_table_and_a_curve(tiny, capsys):
-    ckpt, ref = save_checkpoint(tiny / 'ckpt.pt'), save_npz(tiny / 'ref.npz', golden.images(1, 20, 16))
-    rows = run(capsys, '--ckpt', ckpt, '--ref', ref, '--n', 12, '--cfg', 0, 2, '--gamma', 0, 0.5)['rows']
+    ckpt, ref = checkpoint_and_images(tiny)
+    rows = run(capsys, '--ckpt', ckpt, '--ref', ref, '--n', 12, '--cfg', 0, 2,
+               '--gamma', 0, 0.5)['rows']
     assert [(row['cfg'], row['gamma']) for row in rows] == [(0, 0), (2, 0), (0, 0.5), (2, 0.5)]
     assert len({row['FID'] for row in rows}) == 4
     assert Image.open(tiny / 'fid_cfg.png').size == (720, 480)
 
 
 def test_batch_size_changes_nothing(tiny, capsys):
-    ckpt, ref = save_checkpoint(tiny / 'ckpt.pt'), save_npz(tiny / 'ref.npz', golden.images(1, 20, 16))
+    ckpt, ref = checkpoint_and_images(tiny)
     argv = ['--ckpt', ckpt, '--ref', ref, '--n', 13, '--batch_size']
     a, b = [run(capsys, *argv, size)['rows'][0] for size in (3, 13)]
-    assert a['FID'] == pytest.approx(b['FID'], rel=1e-6) and a['IS'] == pytest.approx(b['IS'], rel=1e-6)
+    for name in ('FID', 'IS'):
+        assert a[name] == pytest.approx(b[name], rel=1e-6)
 
 
 def test_reconstruct_reports_both_readings(tiny, capsys, monkeypatch):
     monkeypatch.setattr(evaluate, 'load_lpips', Distance)
-    ckpt, data = save_checkpoint(tiny / 'ckpt.pt'), save_npz(tiny / 'data.npz', golden.images(1, 20, 16))
+    ckpt, data = checkpoint_and_images(tiny)
     noisy, clean = run(capsys, '--ckpt', ckpt, '--reconstruct', data)['rows']
     assert (noisy['decoded'], clean['decoded']) == ('mu + sigma eps', 'mu')
     assert noisy['PSNR'] != clean['PSNR'] and noisy['rFID'] != clean['rFID'] and noisy['LPIPS'] > 0
@@ -507,23 +569,24 @@ def test_reconstruct_reports_both_readings(tiny, capsys, monkeypatch):
 
 def test_tiny_images_lack_what_cannot_be_computed(tiny, capsys):
     """4 pixels are too few for SSIM's window; one token is no grid."""
-    ckpt, data = save_checkpoint(tiny / 'ckpt.pt', image_size=4), save_npz(tiny / 'data.npz', golden.images(1, 20, 4))
+    ckpt, data = checkpoint_and_images(tiny, image_size=4)
     rows = run(capsys, '--ckpt', ckpt, '--reconstruct', data, '--features', 'random')['rows']
     assert all('PSNR' in row and 'SSIM' not in row for row in rows)
     row, = run(capsys, '--ckpt', ckpt, '--latents', 1, '--reconstruct', data)['rows']
     assert 'std of mu' in row and 'spectral entropy' not in row
-    rows = run(capsys, '--ckpt', ckpt, '--ref', data, '--n', 10, '--cfg', 1, '--guidance', 'tarflow')['rows']
+    rows = run(capsys, '--ckpt', ckpt, '--ref', data, '--n', 10, '--cfg', 1,
+               '--guidance', 'tarflow')['rows']
     assert rows[0]['FID'] > 0
 
 
 def test_classes_that_do_not_match_are_said(tiny, capsys):
-    ckpt, data = save_checkpoint(tiny / 'ckpt.pt'), save_npz(tiny / 'data.npz', golden.images(1, 20, 16))
+    ckpt, data = checkpoint_and_images(tiny)
     evaluate.main(['--ckpt', str(ckpt), '--latents', '1', '--reconstruct', str(data)])
     assert 'no classes, or others than the checkpoint' in capsys.readouterr().out
 
 
 def test_images_that_are_not_finite_are_counted(tiny, capsys, monkeypatch):
-    ckpt, data = save_checkpoint(tiny / 'ckpt.pt'), save_npz(tiny / 'data.npz', golden.images(1, 20, 16))
+    ckpt, data = checkpoint_and_images(tiny)
     generate = SimFlow.generate
 
     def spoiled(self, y, *args, **how):
@@ -551,11 +614,13 @@ def test_distortion_by_its_definition():
 
 
 def test_classifiers_find_the_class_that_made_the_image(tiny):
-    """A flow whose classes are Gaussians far apart: Bayes' rule has no doubts, nor has the gradient."""
+    """A flow whose classes are Gaussians far apart: Bayes' rule has no doubts, nor has the
+    gradient."""
     flow = Flow(4, 6, 16, 2, (1, 1), classes=2)
     block = flow.blocks[0]
     block.classes.weight.data.zero_()[:2, :2] = torch.tensor([[-5.0, 5.0], [5.0, -5.0]])
-    block.ada.weight.data[0, :2] = torch.tensor([1.0, -1.0])       # SiLU(a) - SiLU(-a) = a: -5 or 5 shifts channel 0
+    # SiLU(a) - SiLU(-a) = a: -5 or 5 shifts channel 0
+    block.ada.weight.data[0, :2] = torch.tensor([1.0, -1.0])
     block.proj_out.weight.data.zero_()[:4, 0] = 0.8                # of the head, and thus every mu
     y = torch.tensor([0, 1]).repeat(10)
     x = flow.sample(torch.randn(20, 6, 4, generator=torch.Generator().manual_seed(0)), y)
@@ -564,7 +629,7 @@ def test_classifiers_find_the_class_that_made_the_image(tiny):
 
 
 def test_classify_reports_both(tiny, capsys):
-    ckpt = save_checkpoint(tiny / 'ckpt.pt')
+    ckpt, unnamed = checkpoint_and_images(tiny)
     for name in 'abc':
         (tiny / 'images' / name).mkdir(parents=True)
         for i, pixels in enumerate(golden.images(ord(name), 10, 16)):
@@ -574,14 +639,16 @@ def test_classify_reports_both(tiny, capsys):
     assert all(0 <= row[name] <= 1 for row in rows for name in ('accuracy', 'centred'))
     assert all(row['ms per image'] > 0 and row['n'] == 30 for row in rows)
     with pytest.raises(UserError, match='--classify'):
-        evaluate.main(['--ckpt', str(ckpt), '--classify', str(save_npz(tiny / 'data.npz', golden.images(1, 20, 16)))])
+        run(capsys, '--ckpt', ckpt, '--classify', unnamed)
 
 
 def test_latents_draws_and_measures(tiny, capsys):
-    ckpt, data = save_checkpoint(tiny / 'ckpt.pt'), save_npz(tiny / 'data.npz', golden.images(1, 20, 16))
+    ckpt, data = checkpoint_and_images(tiny)
     row, = run(capsys, '--ckpt', ckpt, '--latents', 1, '--reconstruct', data)['rows']
-    assert row['PSNR at 0'] != row['PSNR at 2'] and 0 < row['spectral entropy'] <= 1 and row['std of mu'] > 0
-    for name, size in (('noise', (720, 480)), ('std', (720, 480)), ('interpolation', (11 * 16, 4 * 16))):
+    assert row['PSNR at 0'] != row['PSNR at 2']
+    assert 0 < row['spectral entropy'] <= 1 and row['std of mu'] > 0
+    sizes = {'noise': (720, 480), 'std': (720, 480), 'interpolation': (11 * 16, 4 * 16)}
+    for name, size in sizes.items():
         assert Image.open(tiny / f'latents_{name}.png').size == size
 
 
@@ -594,14 +661,9 @@ def test_grid_statistics_of_known_grids():
     assert stats['total variation'][:2].tolist() == pytest.approx([0.5, 2])       # down 1, across 0
     assert stats['high frequencies'].tolist()[1:] == pytest.approx([1, 0], abs=1e-6)
     # A cosine is two frequencies of the 63; a checkerboard is one.
-    assert stats['spectral entropy'].tolist()[1:] == pytest.approx([0, np.log(2) / np.log(63)], abs=1e-5)
+    expected = [0, np.log(2) / np.log(63)]
+    assert stats['spectral entropy'].tolist()[1:] == pytest.approx(expected, abs=1e-5)
     assert stats['autocorrelation'][1] < 0 < 0.9 < stats['autocorrelation'][0]
-    noise = evaluate.grid_statistics(torch.randn(4, 256, 16, generator=torch.Generator().manual_seed(0)))
+    g = torch.Generator().manual_seed(0)
+    noise = evaluate.grid_statistics(torch.randn(4, 256, 16, generator=g))
     assert (noise['spectral entropy'] > 0.9).all() and (noise['autocorrelation'].abs() < 0.05).all()
-
-
-def test_ticks_are_round_and_few():
-    for low, high in ((0, 1), (-0.1, 2.1), (13.7, 14.9), (0, 5e4), (-3e-5, 4e-5)):
-        values = evaluate.ticks(low, high)
-        assert 4 <= len(values) <= 11
-        assert np.abs(np.array(values) * 2 - low - high).max() <= (high - low) * 1.001
