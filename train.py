@@ -16,26 +16,20 @@ import os
 import signal
 import sys
 import time
-from unittest import mock
-import warnings
-import weakref
 
 import numpy as np
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from data import UserError, batches, cli, open_data, parse_options
 from flow import Layer
-from model import (PRESETS, PRIOR, RECON, TRAIN, Aligned, Config, DINOv2, Place, SimFlow, alignment,
+from model import (PRESETS, PRIOR, RECON, TRAIN, Aligned, Config, SimFlow, alignment,
                    find_place, from_uint8, generator, grid, load_checkpoint, load_teacher, mix_seed,
                    sample_images, to_uint8, with_weights_in)
-from vae import LPIPS, VAE, Discriminator, adaptive_weight, hinge, load_lpips
+from vae import VAE, Discriminator, adaptive_weight, hinge, load_lpips
 
 try:
     import fcntl
@@ -49,6 +43,9 @@ FIXED = CODEC + ('image_size sigma noise prior width heads layers freeze align r
                  'repa_layer repa_width gan_width gan_layers batch_size seed').split()
 # Dense bf16 FLOP/s, for the column mfu of the log.
 PEAK = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12, 'L40S': 362e12, '4090': 165e12}
+# What of it training reaches, compiled, with LPIPS and GAN (which do not count): S and XXL at 256
+# pixels, measured on an H100.
+SHARE = 0.2
 
 
 # ---------------------------------------------------------------------------------------- schedules
@@ -319,7 +316,10 @@ class Trainer:
         if differs:
             raise UserError(f'--init {self.config.init} was trained with {", ".join(differs)}; use '
                             'that, too, or another checkpoint')
-        for part in ['vae'] + ['flow'] * (was['prior'] == self.config.prior):
+        parts = ['vae']
+        if was['prior'] == self.config.prior:
+            parts.append('flow')
+        for part in parts:
             own = getattr(self.model, part).state_dict()
             new = {name: state['ema'].get(f'{part}.{name}') for name in own}
             if own and all(v is not None and v.shape == own[k].shape for k, v in new.items()):
@@ -328,27 +328,32 @@ class Trainer:
                 taken.append(part)
         return f'starting from {self.config.init}: {" and ".join(taken) or "nothing"}'
 
+    def parts(self):
+        """-> name -> what has a state_dict"""
+        parts = {'model': self.model, 'ema': self.ema, 'opt': self.opt}
+        if self.config.gan:
+            parts |= {'disc': self.disc, 'disc_opt': self.disc_opt}
+        return parts
+
     def state(self):
         """Tensors and plain containers only."""
-        state = {'step': self.step, 'totals': self.totals, 'count': self.count,
-                 'skipped': self.skipped, 'broken': self.broken, 'broken_step': self.broken_step,
-                 'model': self.model.state_dict(), 'ema': self.ema.state_dict(),
-                 'opt': self.opt.state_dict()}
-        if self.config.gan:
-            state |= {'disc': self.disc.state_dict(), 'disc_opt': self.disc_opt.state_dict()}
-        return state
+        state = {name: part.state_dict() for name, part in self.parts().items()}
+        return state | {'step': self.step, 'totals': self.totals, 'count': self.count,
+                        'skipped': self.skipped, 'broken': self.broken,
+                        'broken_step': self.broken_step}
 
     def load(self, state):
         """What `state` returned, in a run that may have other learning rates or another --lpips."""
+        for name, part in self.parts().items():
+            saved = state[name]
+            if isinstance(part, torch.optim.Optimizer):            # as configured, not as saved
+                saved['param_groups'] = part.state_dict()['param_groups']
+            part.load_state_dict(saved)
         self.step = state['step']
         if len(state['totals']) == len(self.names):                # else the averages start anew
             self.count = state['count']
             for name in ('totals', 'skipped', 'broken', 'broken_step'):      # older ones lack three
                 setattr(self, name, state.get(name, getattr(self, name)).to(self.place.device))
-        for name in state.keys() & {'opt', 'disc_opt'}:            # as configured, not as saved
-            state[name]['param_groups'] = getattr(self, name).state_dict()['param_groups']
-        for name in state.keys() & {'model', 'ema', 'opt', 'disc', 'disc_opt'}:
-            getattr(self, name).load_state_dict(state[name])
 
 
 class StepGraph:
@@ -517,86 +522,6 @@ def train_flops(config, classes):
     return counter.get_total_flops()
 
 
-class Fake(FakeTensorMode):
-    """Tensors made in here have shapes and sizes but no contents."""
-
-    def __torch_dispatch__(self, *args):
-        out = super().__torch_dispatch__(*args)
-        self.fake_tensor_converter.tensor_memo.clear()             # weakrefs, which stop Module.to
-        return out
-
-    def __deepcopy__(self, memo):                                  # a copied tensor stays in here
-        return self
-
-
-class Memory(TorchDispatchMode):
-    """Bytes of the live tensors among those made in here; at their peak, that and the share of the
-    gradients of `trained`. Sees the results of operations, not what they need inside."""
-
-    def __init__(self):
-        super().__init__()
-        self.sizes, self.bytes, self.trained, self.peak = {}, 0, [], (0, 0)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for storage in [t.untyped_storage() for t in tree_leaves(out) if torch.is_tensor(t)]:
-            if storage._cdata not in self.sizes:                   # else a view, or in place
-                self.sizes[storage._cdata] = storage.nbytes()
-                self.bytes += storage.nbytes()
-                weakref.finalize(storage, self.free, storage._cdata)
-        if self.bytes > self.peak[0]:
-            self.peak = self.bytes, self.gradients()
-        return out
-
-    def free(self, key):
-        self.bytes -= self.sizes.pop(key)
-
-    def gradients(self):
-        return sum(p.grad.nbytes for p in self.trained if p.grad is not None)
-
-
-def step_memory(trainer, memory, batch, world=1):
-    """Bytes by use, at the peak of a step of `batch` images. memory: has seen the trainer made."""
-    c = trainer.config
-    used = {'model': True, 'disc': c.gan, 'lpips': c.lpips, 'teacher': c.align}
-    parameters = [p for name in used if used[name] for p in getattr(trainer, name).parameters()]
-    parts = {'parameters': sum(p.nbytes for p in parameters)}
-    memory.trained = [p for p in parameters if p.requires_grad]
-    for p in memory.trained:
-        p.grad = torch.zeros_like(p)
-    for opt in [trainer.opt] + ([trainer.disc_opt] if c.gan else []):
-        opt.step()                                                 # the first one makes the state
-        opt.zero_grad(set_to_none=world == 1)                      # DDP's buckets stay
-    parts['average and Adam'] = memory.bytes - memory.gradients() - parts['parameters']
-    memory.peak, trainer.step = (0, 0), c.gan_start
-    image = torch.zeros(batch, 3, c.image_size, c.image_size, dtype=torch.uint8)
-    trainer.train_step(image, torch.zeros(batch, dtype=torch.long), lr=0.0)
-    peak, parts['gradients'] = memory.peak
-    return parts | {'activations': peak - sum(parts.values())}
-
-
-def predict_memory(config, classes, world=1):
-    """step_memory of one of `world` processes, from fake CPU tensors. Attention is taken to be
-    fused, as it is on GPUs with bfloat16: no T x T matrix. Not in it: what torch.compile changes,
-    CUDA's context, cuDNN's workspaces, gaps between blocks of memory."""
-    half = (config.dtype or config.device) not in ('float32', 'cpu', 'mps')
-    place = Place(torch.device('cpu'), torch.bfloat16 if half else torch.float32, compile=False)
-    accum = min(2, config.grad_accum)                              # a third one is like the second
-    batch = config.batch_size // world // config.grad_accum * accum
-    config = dataclasses.replace(config, grad_accum=accum)
-    in_float32 = lambda norm: lambda h, *args, **kwargs: norm(h.float(), *args, **kwargs)
-    with contextlib.ExitStack() as stack:
-        for name in ('layer_norm', 'group_norm'):                  # as CUDA's autocast does
-            stack.enter_context(mock.patch.object(F, name, in_float32(getattr(F, name))))
-        stack.enter_context(warnings.catch_warnings())
-        warnings.filterwarnings('ignore', 'Accessing the data pointer')      # deepcopy, of a Fake
-        stack.enter_context(Fake())
-        memory = stack.enter_context(Memory())
-        size = (64, 2, 1) if config.repa == 'random' else (768, 12, 12)      # else ViT-B's
-        teacher = DINOv2(*size, math.isqrt(config.tokens)) if config.align else None
-        return step_memory(Trainer(config, classes, place, LPIPS(), teacher), memory, batch, world)
-
-
 def print_plan(config):
     """What would be trained, from sizes alone: builds nothing, downloads nothing. UserError for
     data that are not there."""
@@ -614,16 +539,17 @@ def print_plan(config):
     world, steps = int(os.environ.get('WORLD_SIZE', 1)), total_steps(config, images)
     rows = {f'{name} parameters': f'{sum(p.numel() for p in part.parameters()):,}'
             for name, part in parts.items()}
+    flops = train_flops(config, classes)
+    gpu_hours = flops * steps * config.batch_size / (SHARE * PEAK['H100']) / 3600
     rows |= {'tokens': f'{config.tokens} of {config.latent_dim} channels',
              'data': f'{images:,} images, {classes} classes',
              'batch': f'{config.batch_size} = {world} processes x {config.grad_accum} '
                       f'micro-batches x {config.batch_size // world // config.grad_accum} images',
              'steps': f'{steps:,} = {steps * config.batch_size / images:.1f} epochs',
-             'FLOPs per image': f'{train_flops(config, classes):.3g} (forward and backward)'}
-    memory = predict_memory(config, classes, world)
-    rows['peak memory per process'] = (f'{sum(memory.values()) / 1e9:.2f} GB, not compiled; CUDA, '
-                                     'cuDNN and fragmentation take more')
-    rows |= {f'  {name}': f'{size / 1e9:.2f}' for name, size in memory.items()}
+             'FLOPs per image': f'{flops:.3g} (forward and backward)',
+             'hours on H100s': f'{gpu_hours / world:,.1f}, on {world} of them at {SHARE:.0%} of '
+                               'their peak; see RESULTS.md',
+             'memory': 'python tests/memory.py with the same options tells it'}
     print('\n'.join(f'{name:26}{value}' for name, value in rows.items()))
 
 

@@ -20,7 +20,7 @@ import torch
 
 import conftest  # noqa: F401, puts the project on the path
 from data import Parser, UserError, cli, crop, open_data
-from evaluate import psnr, unit
+from evaluate import psnr, zero_to_one
 from model import RECON, find_place, generator, load_model, sample_images, to_uint8
 
 # Half of nano, so that all rows fit an afternoon of one core. All blocks keep their layers: the flow of pixels has as
@@ -96,7 +96,7 @@ def measure(path, held_out, n=500):
     model, config, names = load_model(path)
     data = open_data(held_out)
     index = np.random.default_rng(0).permutation(len(data))[:n]
-    pixels = unit(np.stack([crop(data.load(i), config.image_size) for i in index]))
+    pixels = zero_to_one(np.stack([crop(data.load(i), config.image_size) for i in index]))
     y, g = torch.from_numpy(data.labels[index]), generator('cpu', RECON, 0)
     torch.manual_seed(0)
     noise = torch.randn(n, *model.flow.shape, generator=g)
@@ -107,7 +107,8 @@ def measure(path, held_out, n=500):
     if config.prior != 'sit':                                      # whose nll is none
         row['rate'] = model.rate(nll, sigma).mean().item() / np.log(2)
     for name, latents in ('PSNR', x), ('PSNR mu', clean):
-        recon = unit(np.concatenate([to_uint8(model.vae.decode(part)) for part in latents.split(50)]))
+        recon = np.concatenate([to_uint8(model.vae.decode(part)) for part in latents.split(50)])
+        recon = zero_to_one(recon)
         row[name] = psnr(recon, pixels).mean().item()
     return row
 

@@ -111,7 +111,7 @@ def test_nothing_on_a_device_is_float64(more):
         recon, nll, *_ = trainer.model(image, y, noise)
         trainer.model.rate(nll, 0.5)
         evaluate.distortion(image, recon.detach(), 0.1)
-        evaluate.covered(torch.randn(9, 4), torch.randn(9, 4))
+        evaluate.share_on_manifold(torch.randn(9, 4), torch.randn(9, 4))
 
 
 def test_a_cpu_does_not_ask_for_a_gpu(two_gpus):

@@ -14,6 +14,7 @@ import torch
 
 from conftest import ROOT
 from data import batches, open_data, parse_options
+from memory import predict_memory
 from model import PRESETS, Config, Place, find_place, load_model, sample_images
 from test_train import python, torchrun
 import train
@@ -124,7 +125,7 @@ def test_memory_is_the_predicted_one(tell):
     if DEVICE != 'cuda' or torch.cuda.mem_get_info()[0] < 24e9:
         pytest.skip('needs 24 GB of a GPU')
     config = Config(**PRESETS['S'] | dict(model='S', batch_size=8, dtype='bfloat16', device='cuda'))
-    predicted = sum(train.predict_memory(config, 1000).values())
+    predicted = sum(predict_memory(config, 1000).values())
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

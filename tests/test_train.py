@@ -17,6 +17,7 @@ import torch
 
 from conftest import ROOT
 from data import UserError, cli, parse_options
+from memory import predict_memory
 from model import PRESETS, Config, Place, SimFlow, load_model
 import train
 from vae import LPIPS, Discriminator
@@ -361,7 +362,7 @@ def test_dry_run(size, capsys):
     fewer = [] if 'data' in PRESETS[size] else ['--layers', '1,1,1']
     train.main(['--model', size, '--dry_run', '1', '--init', 'later.pt', *fewer])
     plan = capsys.readouterr().out
-    for word in ('flow parameters', 'VAE parameters', 'tokens', 'batch', 'steps', 'FLOPs per image', 'peak memory per process'):
+    for word in ('flow parameters', 'VAE parameters', 'tokens', 'batch', 'steps', 'FLOPs per image', 'hours on H100s'):
         assert word in plan
     assert 'data' in PRESETS[size] or '1000 classes' in plan and '800,730 = 160.0 epochs' in plan
 
@@ -369,7 +370,7 @@ def test_dry_run(size, capsys):
 @functools.cache
 def predicted(*extra):
     config = parse_options(Config, ['--lpips', '1', '--gan', '0.1', '--dtype', 'float32', '--layers', '1,2', *extra], '', PRESETS)
-    return config, train.predict_memory(config, 10)
+    return config, predict_memory(config, 10)
 
 
 @pytest.mark.parametrize('extra', [(), ('--grad_ckpt', '1'), ('--grad_accum', '2'), ('--gan', '0', '--lpips', '0')])
@@ -379,6 +380,8 @@ def test_predicted_memory_is_that_of_a_real_step(extra):
     trainer = train.Trainer(config, 10, Place(torch.device('cpu'), torch.float32, False), LPIPS())
     batch = torch.zeros(32, 3, 32, 32, dtype=torch.uint8), torch.zeros(32, dtype=torch.long)
     trainer.train_step(*batch, lr=0.0)                             # makes Adam's state
+    for opt in trainer.optimizers(adversarial=bool(config.gan)):
+        opt.zero_grad()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         trainer.train_step(*batch, lr=0.0)
     events = [(e.start_ns(), e.nbytes()) for e in profiler.profiler.kineto_results.events() if e.name() == '[memory]']
@@ -394,10 +397,10 @@ def test_predicted_memory_by_use():
     assert parts['average and Adam'] == pytest.approx(4 * (3 * numbers[0] + 2 * numbers[1]), rel=0.01)
     assert ckpt['activations'] < 0.8 * parts['activations']
     assert double['activations'] == pytest.approx(2 * parts['activations'], rel=0.25)
-    several = train.predict_memory(dataclasses.replace(config, batch_size=64), 10, world=2)
+    several = predict_memory(dataclasses.replace(config, batch_size=64), 10, world=2)
     assert several['gradients'] == 4 * sum(numbers[:2])            # in buckets that are never freed
     assert several['activations'] == pytest.approx(parts['activations'], rel=0.05)
-    half = train.predict_memory(dataclasses.replace(config, dtype='bfloat16'), 10)
+    half = predict_memory(dataclasses.replace(config, dtype='bfloat16'), 10)
     assert 0.4 < half['activations'] / parts['activations'] < 1
 
 
