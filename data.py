@@ -402,8 +402,8 @@ class BatchDataset(Dataset):
         """-> index and pixels (H, W, 3) of one image of a batch. The name of an unreadable one goes
         to `broken`, and a random one takes its place."""
         n = len(self.data)
-        epoch, place = divmod(step * self.batch_size + slot, n)
-        i = permutation(self.seed, epoch, n)[place]
+        epoch, process = divmod(step * self.batch_size + slot, n)
+        i = permutation(self.seed, epoch, n)[process]
         for attempt in range(100):
             try:
                 return i, crop(self.data.load(i), self.image_size)

@@ -30,10 +30,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import (Arrays, Unreadable, UserError, cli, crop, fetch, hexdigest, open_data,
-                  option, parse_options, refuse_damage, refuse_negative, skip_header, whole)
-from model import (RECON, check_sampling, find_place, generator, grid, load_model, note_on_guidance,
-                   sample_images, to_uint8)
+from data import (Unreadable, UserError, cli, crop, fetch, hexdigest, open_data, option,
+                  parse_options, refuse_damage, refuse_negative, whole)
+from model import (RECON, check_sampling, find_process, generator, grid, load_model, note_on_guidance,
+                   sample_images, to_uint8, with_weights_in)
 from vae import load_lpips
 
 SPLITS = 10                                # of the Inception score, and thus the fewest images
@@ -594,20 +594,20 @@ Source = namedtuple('Source', 'path data index size given')
 def open_source(path, limit, size, features, process):
     """A folder, a zip, an npz, or a data set by name -> Source, of at most `limit` images, 0: all.
     UserError if it is none, or holds statistics of another size or other features."""
-    arrays = read_npz(path)
+    arrays, has_images = read_statistics(path)
     given = given_statistics(path, arrays, size, features)
     if given and given['size'] is None:
         process.print(f'{path} does not say of which images its statistics are: size, number and '
                       'preparation are taken on trust')
-    if given and 'arr_0' not in arrays:
+    if given and not has_images:
         return Source(path, None, None, size, given)
-    data, index = open_images(path, arrays, limit, process)
+    data, index = open_images(path, limit, process)
     return Source(path, data, index, size, given)
 
 
-def open_images(path, arrays, limit, process):
-    """arrays: read_npz(path) -> Data, which of its images to use, at most `limit`; 0: all"""
-    data = npz_data(path, arrays) if path.endswith('.npz') else open_data(path)
+def open_images(path, limit, process):
+    """-> Data, which of its images to use, at most `limit`; 0: all"""
+    data = open_data(path)
     for note in data.notes:
         process.print(f'{path}: {note}')
     index, least = subset(len(data), limit), max(SPLITS, process.world)
@@ -632,36 +632,14 @@ def refuse_damaged(path):
         raise UserError(f'{path} cannot be read, or is damaged: {e}')
 
 
-def read_npz(path):
-    """-> name -> array; {} if it is no npz"""
+def read_statistics(path):
+    """-> name -> array, of all but images and labels; whether there are images, too. {} and True
+    if it is no npz."""
     if not path.endswith('.npz'):
-        return {}
-    with refuse_damaged(path), zipfile.ZipFile(path) as z, np.load(path) as npz:
-        arrays = {name: npz[name] for name in npz.files if name != 'arr_0'}
-        if 'arr_0' in npz.files:
-            arrays['arr_0'] = map_array(path, z.getinfo('arr_0.npy'))
-    return arrays
-
-
-def map_array(path, entry):
-    """The array in an npz's entry. If not compressed it stays on disk: it may not fit in memory."""
-    with open(path, 'rb') as f:
-        skip_header(f, entry.header_offset)
-        if entry.compress_type == zipfile.ZIP_STORED and np.lib.format.read_magic(f) == (1, 0):
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(f)
-            return np.memmap(path, dtype, 'r', f.tell(), shape, order='F' if fortran else 'C')
-    return np.load(path)['arr_0']
-
-
-def npz_data(path, arrays):
-    """-> Data of arr_0 (N, H, W, 3) uint8, as ADM has it"""
-    if 'arr_0' not in arrays:
-        raise UserError(f'{path} cannot be read, or is damaged: there is no arr_0 in it')
-    images = arrays['arr_0']
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
-        raise UserError(f'arr_0 of {path} is {images.dtype} {images.shape}; it must be uint8 '
-                        '(N, H, W, 3)')
-    return Arrays(class_names=[], labels=np.zeros(len(images)), images=images)
+        return {}, True
+    with refuse_damaged(path), zipfile.ZipFile(path), np.load(path) as npz:
+        arrays = {name: npz[name] for name in npz.files if name not in ('arr_0', 'arr_1')}
+        return arrays, 'arr_0' in npz.files or not arrays
 
 
 def given_statistics(path, arrays, size, features):
@@ -670,7 +648,7 @@ def given_statistics(path, arrays, size, features):
     mean nothing."""
     if 'mu' not in arrays or 'sigma' not in arrays:
         return {}
-    given = {name: array for name, array in arrays.items() if name != 'arr_0'}
+    given = dict(arrays)
     mu, sigma, width = given['mu'].shape, given['sigma'].shape, features.width
     if mu != (width,) or sigma != (width, width):
         raise UserError(f'{path} has mu {mu} and sigma {sigma}, but there are {width} features')
@@ -824,6 +802,7 @@ def compare_generated(options, process, trained):
                             any(options.gamma), options.guidance)
     if note:
         process.print(note)
+    model = with_weights_in(process.dtype, trained.model)
     features, n = load_features(options, process), options.num_samples
     reference = open_source(options.ref, options.ref_n, trained.config.image_size, features,
                             process)
@@ -833,7 +812,7 @@ def compare_generated(options, process, trained):
         curve = curves.setdefault(f'gamma {gamma:g}', [])
         for cfg in options.cfg:
             start, name = time.time(), f'cfg {cfg:g} gamma {gamma:g}'
-            batches = generate(options, process, trained, cfg, gamma)
+            batches = generate(options, process, trained._replace(model=model), cfg, gamma)
             sample = measure(batches, n, np.arange(n), name, features, process)
             sample['n'], speed = n, n / (time.time() - start)
             row = {'cfg': cfg, 'gamma': gamma} | compare(sample, ref, features, process)
@@ -967,7 +946,7 @@ def explore_latents(options, process, trained):
     and channel, then averaged: it falls when the encoder collapses. (Over all elements it is 1 by
     the LayerNorm.) Noise on mu is in units of an image's std."""
     path = options.reconstruct or trained.config.data
-    data, index = open_images(path, read_npz(path), options.num_samples, process)
+    data, index = open_images(path, options.num_samples, process)
     n = len(index)
     means = Means(n, process)
     for batch in encode(options, process, trained, data, index):
@@ -1040,7 +1019,7 @@ def classify(options, process, trained):
     """Tell the classes of --classify's images apart by p(x | class), in two ways. The gradient's
     scores have a part that is the same for all images; `centred` is without."""
     path = options.classify
-    data, index = open_images(path, read_npz(path), options.num_samples, process)
+    data, index = open_images(path, options.num_samples, process)
     if not data.class_names or data.class_names != trained.class_names:
         raise UserError(f'--classify {path} must have the classes that the checkpoint was trained '
                         'with, by the same names')
@@ -1189,7 +1168,7 @@ def main(argv):
         trained = Trained(*load_model(options.ckpt))
         check_sampling(trained.config, any(options.gamma), options.guidance)
         dtype = dtype or trained.config.dtype
-    process = find_place(options.device, dtype)
+    process = find_process(options.device, dtype)
     if options.num_samples < process.world:
         raise UserError(f'--num_samples must be at least {process.world}, one per process')
     if options.ckpt:

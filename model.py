@@ -377,8 +377,8 @@ class Aligned(SimFlow):
 
 
 def features(block, x, y, layers):
-    """x (B, T, D), y (B,) -> (B, T, C) after so many layers of the block's transformer, in grid order.
-    They run a second time for that, which costs little as long as they are few."""
+    """x (B, T, D), y (B,) -> (B, T, C) after so many layers of the block's transformer, in grid
+    order. They run a second time for that, which costs little as long as they are few."""
     t = block.transformer
     h, modulations = t.proj_in(block.reorder(x)) + t.pos, t.condition(y)
     for layer, modulation in zip(t.layers[:layers], modulations):
@@ -431,7 +431,7 @@ TABLES = {'codec': CODECS, 'noise': NOISE, 'prior': PRIORS, 'guidance': GUIDANCE
 # --------------------------------------------------------------------- processes and random numbers
 
 @dataclass
-class Place:
+class Process:
     """Where a process works: its device, dtype of matrix products, and rank among `world`."""
     device: torch.device
     dtype: torch.dtype
@@ -466,12 +466,12 @@ class Place:
         dist.all_reduce(number, dist.ReduceOp.MAX)
         return number.item()
 
-    def first(self, work):
-        """Result of work() on process 0, or the UserError or OSError it raised, on all of them."""
+    def first(self, work, *args):
+        """Result of work(*args) on process 0, or the UserError or OSError it raised, on all."""
         result = [None]
         if self.rank == 0:
             try:
-                result[0] = work()
+                result[0] = work(*args)
             except (UserError, OSError) as e:
                 result[0] = e
         if self.world > 1:
@@ -480,12 +480,16 @@ class Place:
             raise result[0]
         return result[0]
 
-    def in_turn(self, work):
-        """Each process's own result of work(), first on process 0, which may download what the
-        others then find; or the UserError that process 0 raised."""
-        done = []
-        self.first(lambda: done.append(work()))
-        return done[0] if done else work()
+    def in_turn(self, work, *args):
+        """Each process's own result of work(*args), first on process 0, which may download what
+        the others then find; or the UserError that process 0 raised."""
+        own = []
+
+        def keep():                                                # not to be sent to the others
+            own.append(work(*args))
+
+        self.first(keep)
+        return own[0] if own else work(*args)
 
     def print(self, text):
         if self.rank == 0:
@@ -493,8 +497,8 @@ class Place:
             sys.stdout.flush()                                     # a log file shall not lag behind
 
 
-def find_place(device='', dtype='', compile=None):
-    """-> Place: the best device here, or the one asked for, as torchrun's environment has it.
+def find_process(device='', dtype='', compile=None):
+    """-> Process: the best device here, or the one asked for, as torchrun's environment has it.
     UserError for a device or dtype that is not."""
     check_launch()
     kind, *index = device.split(':')
@@ -522,14 +526,14 @@ def find_place(device='', dtype='', compile=None):
         dtype = 'bfloat16' if fast else 'float32'
     if dtype not in ('float32', 'bfloat16'):
         raise UserError(f'--dtype {dtype} must be float32 or bfloat16')
-    place = Place(device, getattr(torch, dtype), cuda if compile is None else compile)
+    process = Process(device, getattr(torch, dtype), cuda if compile is None else compile)
     if 'RANK' in os.environ:
         dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo')
         atexit.register(leave_processes)
-        place.rank, place.world = dist.get_rank(), dist.get_world_size()
+        process.rank, process.world = dist.get_rank(), dist.get_world_size()
         # While process 0 downloads, or lists a cold disk, the others wait: by default half an hour.
-        place.patient = dist.new_group(backend='gloo', timeout=datetime.timedelta(hours=12))
-    return place
+        process.patient = dist.new_group(backend='gloo', timeout=datetime.timedelta(hours=12))
+    return process
 
 
 def check_launch():
@@ -641,7 +645,7 @@ def note_on_guidance(config, class_names, cfg, gamma, guidance):
             '--cfg with --guidance tarflow_tau needs no classes')
 
 
-def sample_images(model, labels, seed, place, batch_size, cfg=0.0, gamma=0.0, order=None, **how):
+def sample_images(model, labels, seed, process, batch_size, cfg=0.0, gamma=0.0, order=None, **how):
     """Yield images (b, H, W, 3) uint8; every process gets all of them and makes its share, at most
     batch_size at once. All processes must call it, and take all.
 
@@ -650,25 +654,25 @@ def sample_images(model, labels, seed, place, batch_size, cfg=0.0, gamma=0.0, or
     many images were not finite: they are black.
     """
     order, broken = range(len(labels)) if order is None else order, 0
-    for start in range(0, len(order), batch_size * place.world):
-        first = start + place.rank * batch_size
+    for start in range(0, len(order), batch_size * process.world):
+        first = start + process.rank * batch_size
         index, images = order[first:first + batch_size], np.zeros((0, 0, 0, 3), np.uint8)
         failed = 0
         if len(index):
             sources = [generator('cpu', SAMPLE, seed, int(i)) for i in index]
             noise = torch.stack([torch.randn(model.flow.shape, generator=g) for g in sources])
-            with place.autocast():
-                y = torch.stack([labels[i] for i in index]).to(place.device)
-                x = model.generate(y, noise.to(place.device), cfg, gamma, **how)
+            with process.autocast():
+                y = torch.stack([labels[i] for i in index]).to(process.device)
+                x = model.generate(y, noise.to(process.device), cfg, gamma, **how)
             failed, images = int(x.isnan().flatten(1).any(1).sum()), to_uint8(x)
         shares = [(images, failed)]
-        if place.world > 1:
-            shares = [None] * place.world
+        if process.world > 1:
+            shares = [None] * process.world
             dist.all_gather_object(shares, (images, failed))
         broken += sum(failed for _, failed in shares)
         yield np.concatenate([images for images, _ in shares if len(images)])
     if broken:
-        place.print(f'{broken} of {len(order)} images are not finite, and black: --cfg or --gamma '
+        process.print(f'{broken} of {len(order)} images are not finite, and black: --cfg or --gamma '
                     'is too large, or the checkpoint is broken')
 
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from data import UserError, cli, option, parse_options, refuse_negative, whole
 from flow import JACOBI_IMAGES, jacobi_is_slower
-from model import (check_sampling, find_place, grid, load_model, note_on_guidance, sample_images,
+from model import (check_sampling, find_process, grid, load_model, note_on_guidance, sample_images,
                    with_weights_in)
 
 
@@ -89,11 +89,11 @@ def labelled_grid(images, labels, class_names):
     columns = counts[0] if balanced else int(np.ceil(len(images) ** 0.5))
     zoom = max(1, 64 // images.shape[1])
     tiles = []
-    for place, i in enumerate(order):
+    for position, i in enumerate(order):
         image = Image.fromarray(images[i].repeat(zoom, 0).repeat(zoom, 1))
         tile = Image.new('RGB', (image.width, image.height + 14), 'white')
         tile.paste(image, (0, 14))
-        if class_names and (place % columns == 0 or labels[i] != labels[order[place - 1]]):
+        if class_names and (position % columns == 0 or labels[i] != labels[order[position - 1]]):
             ImageDraw.Draw(tile).text((2, 1), class_names[labels[i]], 'black')
         tiles.append(np.asarray(tile))
     return grid(np.stack(tiles), columns)
@@ -153,29 +153,29 @@ def progress(batches, total, quiet):
 def main(argv):
     options = parse_options(Options, argv, 'Make images with a trained SimFlow.')
     options.check()
-    place, n = find_place(options.device, options.dtype), options.num_samples
+    process, n = find_process(options.device, options.dtype), options.num_samples
     model, config, class_names = load_model(options.ckpt)
     tol = options.tol if options.decode == 'jacobi' else 0.0
     check_sampling(config, options.gamma, options.guidance, tol)
     chosen = torch.tensor(choose_classes(options.classes, class_names))
     path = options.out or os.path.join(os.path.dirname(options.ckpt), 'grid.png')
-    place.first(lambda: check_out(path))
+    process.first(check_out, path)
     note = note_on_guidance(config, class_names, options.cfg, options.gamma, options.guidance)
     if note:
-        place.print(note)
-    if tol and jacobi_is_slower(place.device, min(n, options.batch_size), options.cfg):
-        place.print(f'--decode jacobi: with more than {JACOBI_IMAGES} images at once, guided ones counted '
-                    'twice, token by token is faster on a CPU, and used where that is so')
+        process.print(note)
+    if tol and jacobi_is_slower(process.device, min(n, options.batch_size), options.cfg):
+        process.print(f'--decode jacobi: with more than {JACOBI_IMAGES} images at once, guided ones '
+                    'counted twice, token by token is faster on a CPU, and used where that is so')
     # In ADM's layout the order says nothing: any part of it is a fair sample of all classes.
     order = np.arange(n)
     if path.endswith('.npz'):
         order = np.random.default_rng(options.seed).permutation(n)
     labels = chosen[torch.arange(n) % len(chosen)]
-    model = with_weights_in(place.dtype, model.to(place.device))
-    batches = sample_images(model, labels, options.seed, place, options.batch_size,
+    model = with_weights_in(process.dtype, model.to(process.device))
+    batches = sample_images(model, labels, options.seed, process, options.batch_size,
                             options.cfg, options.gamma, order, guidance=options.guidance, tol=tol)
-    batches = progress(batches, n, quiet=place.rank > 0)
-    if place.rank:
+    batches = progress(batches, n, quiet=process.rank > 0)
+    if process.rank:
         for _ in batches:                                          # makes this process's share
             pass
         return

@@ -20,14 +20,13 @@ import time
 import numpy as np
 import torch
 from torch import nn
-import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from data import UserError, batches, cli, open_data, parse_options
 from flow import Layer
 from model import (PRESETS, PRIOR, RECON, TRAIN, Aligned, Config, SimFlow, alignment,
-                   find_place, from_uint8, generator, grid, load_checkpoint, load_teacher, mix_seed,
+                   find_process, from_uint8, generator, grid, load_checkpoint, load_teacher, mix_seed,
                    sample_images, to_uint8, with_weights_in)
 from vae import VAE, Discriminator, adaptive_weight, hinge, load_lpips
 
@@ -64,18 +63,18 @@ def ema_decay(config, step):
     return min(config.ema, (1 + step) / (10 + step))
 
 
-def draw(config, classes, step, y, place):
+def draw(config, classes, step, y, process):
     """The random numbers of a step -> noise (b, T, D), y (b,) with some classes dropped, for this
     process's b images. Diffusion models then draw from torch's global random numbers.
 
     Drawn for the global batch and sliced, they depend on (seed, step), not on how it is split.
     """
-    torch.manual_seed(mix_seed(PRIOR, config.seed, step, place.rank))
-    g = generator(place.device, TRAIN, config.seed, step)
+    torch.manual_seed(mix_seed(PRIOR, config.seed, step, process.rank))
+    g = generator(process.device, TRAIN, config.seed, step)
     B, b = config.batch_size, len(y)
-    mine = slice(place.rank * b, (place.rank + 1) * b)
-    noise = torch.randn(B, config.tokens, config.latent_dim, generator=g, device=place.device)[mine]
-    drop = torch.rand(B, generator=g, device=place.device)[mine] < config.class_drop
+    mine = slice(process.rank * b, (process.rank + 1) * b)
+    noise = torch.randn(B, config.tokens, config.latent_dim, generator=g, device=process.device)[mine]
+    drop = torch.rand(B, generator=g, device=process.device)[mine] < config.class_drop
     return noise, torch.where(drop, classes, y)
 
 
@@ -85,16 +84,16 @@ class Trainer:
     """Networks, optimizers and running averages: one step, and all that a bit-exact resume needs.
     lpips, teacher: the frozen networks, if not those that the configuration names."""
 
-    def __init__(self, config, classes, place, lpips=None, teacher=None):
-        self.config, self.classes, self.place, self.step = config, classes, place, 0
+    def __init__(self, config, classes, process, lpips=None, teacher=None):
+        self.config, self.classes, self.process, self.step = config, classes, process, 0
         self.names = ['loss', 'l1', 'l2', 'nll', 'entropy', 'mu_std', 'grad_norm', 'replaced']
         if config.align:
-            teacher = teacher or place.in_turn(
-                lambda: load_teacher(config.repa, math.isqrt(config.tokens)))
-            self.teacher = teacher.to(place.device)
+            teacher = teacher or process.in_turn(
+                load_teacher, config.repa, math.isqrt(config.tokens))
+            self.teacher = teacher.to(process.device)
             self.names.append('align')
         torch.manual_seed(config.seed)                             # one start on every process
-        with place.device:                                         # XXL takes long on a CPU
+        with process.device:                                         # XXL takes long on a CPU
             if config.align:
                 self.model = Aligned(config, classes, self.teacher.width)
             else:
@@ -104,29 +103,29 @@ class Trainer:
         self.opt = adamw(self.model, config.lr, config.beta2, config.weight_decay)
         for module in self.model.modules():
             module.grad_ckpt = config.grad_ckpt
-        self.ddp = place.distribute(self.model)
+        self.ddp = process.distribute(self.model)
         self.ddps = [self.ddp]
         if config.lpips:
-            lpips = lpips or place.in_turn(
-                lambda: load_lpips(config.lpips_vgg, config.lpips_heads))
-            self.lpips = lpips.to(place.device, memory_format=torch.channels_last)
+            lpips = lpips or process.in_turn(
+                load_lpips, config.lpips_vgg, config.lpips_heads)
+            self.lpips = lpips.to(process.device, memory_format=torch.channels_last)
             self.names.append('lpips')
         if config.gan:
-            with place.device:
+            with process.device:
                 self.disc = Discriminator(config.gan_width, config.gan_layers)
             self.disc.to(memory_format=torch.channels_last)
             self.disc_opt = adamw(self.disc, config.gan_lr, 0.999)
-            self.disc_ddp = place.distribute(self.disc)
+            self.disc_ddp = process.distribute(self.disc)
             self.ddps.append(self.disc_ddp)
             self.names += ['gan', 'd_weight', 'd_loss', 'logits_real', 'logits_fake', 'd_grad_norm']
-        if place.compile:
+        if process.compile:
             self.compile()
         self.graph, self.warm_steps = None, 0
         self.reset()
 
     def reset(self):
         """A new row of the log begins: the sums over its steps, and which of them were skipped."""
-        self.count, self.totals = 0, torch.zeros(len(self.names), device=self.place.device)
+        self.count, self.totals = 0, torch.zeros(len(self.names), device=self.process.device)
         self.skipped, self.broken_step = self.totals[0].long(), self.totals[0].long()
         self.broken = self.totals.bool()                           # terms, at the first one skipped
 
@@ -149,9 +148,9 @@ class Trainer:
     def train_step(self, image, y, lr, replaced=0):
         """One optimisation step on this process's images (b, 3, H, W) uint8, `replaced` of them
         stand-ins for unreadable ones, and classes (b,)."""
-        c, place = self.config, self.place
-        image = image.to(place.device, non_blocking=True, memory_format=torch.channels_last)
-        noise, y = draw(c, self.classes, self.step, y.to(place.device, non_blocking=True), place)
+        c, process = self.config, self.process
+        image = image.to(process.device, non_blocking=True, memory_format=torch.channels_last)
+        noise, y = draw(c, self.classes, self.step, y.to(process.device, non_blocking=True), process)
         adversarial = bool(c.gan) and self.step >= c.gan_start
         if self.can_replay() and (not self.graph or self.graph.adversarial != adversarial):
             self.capture(image, y, noise, adversarial)
@@ -160,11 +159,11 @@ class Trainer:
         else:
             terms = self.gradients(image, y, noise, adversarial)
         # Its mean over the processes is then the sum.
-        terms['replaced'] = torch.full_like(terms['loss'], replaced * place.world)
+        terms['replaced'] = torch.full_like(terms['loss'], replaced * process.world)
         self.update(terms, adversarial, lr)
 
     def gradients(self, image, y, noise, adversarial):
-        """Gradients of a step, image (b, 3, H, W) uint8, y (b,), noise (b, T, D) -> terms by name."""
+        """Gradients of a step, image (b, 3, H, W) uint8, y (b,), noise (b, T, D) -> terms."""
         for opt in self.optimizers(adversarial):
             opt.zero_grad(set_to_none=True)
         micro = len(y) // self.config.grad_accum
@@ -180,10 +179,10 @@ class Trainer:
         return [self.opt, self.disc_opt] if adversarial else [self.opt]
 
     def can_replay(self):
-        """Is a step one CUDA graph? Not before its parts are compiled, not of several processes, not
-        of flows that keep sums of their own or draw random numbers."""
-        c, place = self.config, self.place
-        return (place.compile and place.device.type == 'cuda' and place.world == 1
+        """Can a step be one CUDA graph? Not before its parts are compiled, not in several
+        processes, not where the prior keeps sums of its own or draws random numbers."""
+        c, process = self.config, self.process
+        return (process.compile and process.device.type == 'cuda' and process.world == 1
                 and c.prior == 'flow' and self.warm_steps >= 2)
 
     def capture(self, image, y, noise, adversarial):
@@ -193,7 +192,8 @@ class Trainer:
             self.graph = StepGraph(self.gradients, image, y, noise, adversarial)
         except RuntimeError as e:
             self.warm_steps = -math.inf                            # do not try again
-            self.place.print(f'steps are launched one operation at a time: {str(e).splitlines()[0]}')
+            self.process.print('no CUDA graph, so operations are launched one by one: '
+                             f'{str(e).splitlines()[0]}')
 
     def backward(self, image, y, noise, adversarial):
         """Gradients of one micro-batch, image (b, 3, H, W) in [-1, 1], y (b,), noise (b, T, D), and
@@ -203,7 +203,7 @@ class Trainer:
         pass takes their sum on, through decoder, latents and encoder, together with the flow's.
         """
         c, terms = self.config, {}
-        with self.place.autocast():
+        with self.process.autocast():
             recon, nll, entropy, mu, *projected = self.ddp(image, y, noise)
             pixels = recon.detach().requires_grad_(True)
             error = pixels - image
@@ -241,7 +241,7 @@ class Trainer:
         """
         c = self.config
         self.disc.requires_grad_(False)                            # or compiled code computes those
-        with self.place.autocast():
+        with self.process.autocast():
             terms['gan'] = -self.disc(pixels).float().mean()
         grad_gan, = torch.autograd.grad(terms['gan'], pixels)
         self.disc.requires_grad_(True)
@@ -250,7 +250,7 @@ class Trainer:
             last = self.model.vae.conv_out.weight
             weight *= adaptive_weight(*(torch.autograd.grad(recon, last, g, retain_graph=True)[0]
                                         for g in (grad_rec, grad_gan)))
-        with self.place.autocast():                                # one forward: DDP allows no two
+        with self.process.autocast():                                # one forward: DDP allows no two
             logits = self.disc_ddp(torch.cat([image, pixels.detach()])).float()
         real, fake = logits.chunk(2)
         terms['d_loss'] = hinge(real, fake)
@@ -266,7 +266,7 @@ class Trainer:
         if adversarial:
             terms['d_grad_norm'] = nn.utils.clip_grad_norm_(self.disc.parameters(), c.clip)
         values = torch.stack([terms.get(name, self.totals[0] * 0) for name in self.names]).float()
-        self.place.mean(values)                                    # bad for one is bad for all
+        self.process.mean(values)                                    # bad for one is bad for all
         broken = ~torch.isfinite(values)
         skip = broken.any()
         first = skip & (self.skipped == 0)
@@ -275,13 +275,13 @@ class Trainer:
         self.opt.param_groups[0]['lr'] = lr
         for opt in self.optimizers(adversarial):
             opt.found_inf = skip.float()                           # fused kernels skip if it is 1,
-            if self.place.device.type != 'mps' or not skip:        # but a Mac's does not look
+            if self.process.device.type != 'mps' or not skip:        # but a Mac's does not look
                 opt.step()
         # Weights that did not move need no gate: the average may come closer to them.
         ema, now = list(self.ema.parameters()), list(self.model.parameters())
         torch._foreach_lerp_(ema, now, 1 - ema_decay(c, self.step))
         if c.prior == 'vp':
-            self.model.flow.track(self.place.mean, skip)
+            self.model.flow.track(self.process.mean, skip)
         for average, value in zip(self.ema.buffers(), self.model.buffers()):
             average.copy_(value)                                   # running means already
         self.totals = torch.where(skip, self.totals, self.totals + values)
@@ -299,10 +299,10 @@ class Trainer:
             names = ' and '.join(n for n, bad in zip(self.names, self.broken.tolist()) if bad)
             said = f'{names} infinite or NaN at step {self.broken_step.item()}'
             if not good:
-                sys.exit(1 if self.place.rank else
+                sys.exit(1 if self.process.rank else
                          f'error: {said}, and none of the {skipped} steps since then was finite; '
                          'ckpt.pt is from before: resume it with a lower --lr')
-            self.place.print(f'{said}: skipped {skipped} of {self.count} steps')
+            self.process.print(f'{said}: skipped {skipped} of {self.count} steps')
         row = dict(zip(self.names, (self.totals / good).tolist()))
         row |= {'replaced': round(row['replaced'] * good), 'skipped': skipped}
         self.reset()
@@ -353,7 +353,7 @@ class Trainer:
         if len(state['totals']) == len(self.names):                # else the averages start anew
             self.count = state['count']
             for name in ('totals', 'skipped', 'broken', 'broken_step'):      # older ones lack three
-                setattr(self, name, state.get(name, getattr(self, name)).to(self.place.device))
+                setattr(self, name, state.get(name, getattr(self, name)).to(self.process.device))
 
 
 class StepGraph:
@@ -386,7 +386,7 @@ def adamw(module, lr, beta2, weight_decay=0.0):
 def save(trainer, data):
     """Atomic: a kill at any moment leaves the old checkpoint or the new one, never half of either.
     UserError if it can't be written, as on a full disk."""
-    if trainer.place.rank:
+    if trainer.process.rank:
         return
     path = os.path.join(trainer.config.out, 'ckpt.pt')
     state = trainer.state() | {'config': dataclasses.asdict(trainer.config),
@@ -412,7 +412,7 @@ def resume(trainer, data):
     path = os.path.join(trainer.config.out, 'ckpt.pt')
     saved = load_checkpoint(path, mmap=True) if os.path.exists(path) else None
     step = saved['step'] if saved else 0
-    if trainer.place.max(step) != -trainer.place.max(-step):       # all notice, so none hangs
+    if trainer.process.max(step) != -trainer.process.max(-step):       # all notice, so none hangs
         raise UserError(f'{path} is not there on some machine, or older than on another; --out '
                         'must be one folder that all of them see')
     if not saved:
@@ -436,7 +436,7 @@ def resume(trainer, data):
                if was[k] != v and k != 'init']                     # long done with
     if saved.get('images', len(data)) != len(data):
         changed.append(f', {saved["images"]} -> {len(data)} images, in a new order')
-    trainer.place.print(f'resuming {path} at step {trainer.step}' + ''.join(changed))
+    trainer.process.print(f'resuming {path} at step {trainer.step}' + ''.join(changed))
 
 
 def show(value):
@@ -483,14 +483,14 @@ def save_pictures(trainer, data):
     """samples_*.png: EMA weights, noise that never changes, one row per class. recon_*.png:
     originals above the raw model's reconstructions of them, noise and all. Every process draws its
     share of the samples."""
-    config, place, step = trainer.config, trainer.place, trainer.step
+    config, process, step = trainer.config, trainer.process, trainer.step
     trainer.graph = None                                           # its memory is needed here
     rows = min(10, trainer.classes) or 4
     labels = (torch.arange(rows) * trainer.classes // rows).repeat_interleave(8)
-    share = math.ceil(len(labels) / place.world)
-    ema = with_weights_in(place.dtype, trainer.ema)
-    images = list(sample_images(ema, labels, config.seed, place, batch_size=share))
-    if place.rank:
+    share = math.ceil(len(labels) / process.world)
+    ema = with_weights_in(process.dtype, trainer.ema)
+    images = list(sample_images(ema, labels, config.seed, process, batch_size=share))
+    if process.rank:
         return
     grid(np.concatenate(images), 8).save(os.path.join(config.out, f'samples_{step:07d}.png'))
     pixels, *_ = next(batches(data, config.image_size, 16, config.seed, flip=False, start=0,
@@ -498,8 +498,8 @@ def save_pictures(trainer, data):
     noise = torch.randn(16, *trainer.model.flow.shape,
                         generator=generator('cpu', RECON, config.seed))
     # 16 images are another size than a step's, and not worth compiling for.
-    with torch.no_grad(), place.autocast(), torch.compiler.set_stance('force_eager'):
-        x, *_ = trainer.model.latents(from_uint8(pixels.to(place.device)), noise.to(place.device))
+    with torch.no_grad(), process.autocast(), torch.compiler.set_stance('force_eager'):
+        x, *_ = trainer.model.latents(from_uint8(pixels.to(process.device)), noise.to(process.device))
         recon = to_uint8(trainer.model.vae.decode(x))
     pair = np.concatenate([pixels.permute(0, 2, 3, 1).numpy(), recon])
     grid(pair, 16).save(os.path.join(config.out, f'recon_{step:07d}.png'))
@@ -578,11 +578,11 @@ class Interrupt:
 class Meter:
     """Where the time goes: images per second, share spent waiting for data, FLOP utilisation."""
 
-    def __init__(self, config, classes, place):
-        known = place.device.type == 'cuda' and place.dtype == torch.bfloat16
+    def __init__(self, config, classes, process):
+        known = process.device.type == 'cuda' and process.dtype == torch.bfloat16
         name = torch.cuda.get_device_name() if known else ''
         peak = max([flops for gpu, flops in PEAK.items() if gpu in name], default=0)
-        self.peak = peak and peak * place.world / train_flops(config, classes)   # images/s
+        self.peak = peak and peak * process.world / train_flops(config, classes)   # images/s
         self.batch_size = config.batch_size
         self.reset()
 
@@ -609,6 +609,10 @@ class Meter:
 TIMING = ['images_per_s', 'data_wait', 'mfu']
 
 
+def open_log(path, rank):
+    return Log(path) if rank == 0 else None
+
+
 def write_row(trainer, log, meter, lr, steps):
     """Averages since the last row, to the log and to the terminal."""
     row = {'step': trainer.step} | trainer.row() | {'lr': lr} | meter.row()
@@ -616,7 +620,7 @@ def write_row(trainer, log, meter, lr, steps):
         log.write(row)
     shown = [f'{name} {row[name]:.4g}' for name in [*trainer.names, 'images_per_s', 'data_wait']
              if row[name]]
-    trainer.place.print('  '.join([f'step {trainer.step}/{steps}', *shown]))
+    trainer.process.print('  '.join([f'step {trainer.step}/{steps}', *shown]))
 
 
 def is_due(interval, step):
@@ -624,32 +628,32 @@ def is_due(interval, step):
     return interval > 0 and step % interval == 0
 
 
-def train(config, data, place):
+def train(config, data, process):
     """Train to the end, to --stop_at or to a signal -> the signal's number, or 0. UserError if
     --out holds another run, SystemExit if no step is finite any more."""
     steps = total_steps(config, len(data))
     last = min(steps, config.stop_at or steps)
     path = os.path.join(config.out, 'log.csv')
-    log = place.in_turn(lambda: Log(path) if place.rank == 0 else None)
-    trainer = Trainer(config, len(data.class_names), place)
+    log = process.in_turn(open_log, path, process.rank)
+    trainer = Trainer(config, len(data.class_names), process)
     if config.init and not os.path.exists(os.path.join(config.out, 'ckpt.pt')):
-        place.print(trainer.start_from(load_checkpoint(config.init, '--init')))
+        process.print(trainer.start_from(load_checkpoint(config.init, '--init')))
     resume(trainer, data)
     if log:
         log.start(['step', *trainer.names, 'skipped', 'lr', *TIMING], trainer.step)
-    meter, interrupt = Meter(config, trainer.classes, place), Interrupt()
+    meter, interrupt = Meter(config, trainer.classes, process), Interrupt()
     flip = data.mirror if config.flip is None else config.flip
     feed = batches(data, config.image_size, config.batch_size, config.seed, flip, trainer.step,
-                   last, place.rank, place.world, config.workers, place.device.type == 'cuda')
+                   last, process.rank, process.world, config.workers, process.device.type == 'cuda')
     stopped = 0
-    quiet = place.rank > 0 or not sys.stderr.isatty()
+    quiet = process.rank > 0 or not sys.stderr.isatty()
     with tqdm(total=steps, initial=trainer.step, disable=quiet) as bar:
         while trainer.step < last and not stopped:
             lr = learning_rate(config, trainer.step, steps)
             image, y, replaced = meter.next(feed)
             trainer.train_step(image, y, lr, replaced)
             bar.update()
-            stopped = place.max(interrupt.signal)
+            stopped = process.max(interrupt.signal)
             ends = trainer.step == last
             if trainer.step % config.log_interval == 0:
                 write_row(trainer, log, meter, lr, steps)
@@ -661,18 +665,18 @@ def train(config, data, place):
     return stopped
 
 
-def can_compile(place, asked):
+def can_compile(process, asked):
     """Does torch.compile work here? It needs a C compiler, and on GPUs Triton. If not, a UserError
     if it was asked for, else a line that says so."""
     try:
-        torch.compile(torch.sin)(torch.zeros(1, device=place.device))
+        torch.compile(torch.sin)(torch.zeros(1, device=process.device))
         return True
     except Exception as e:                                         # of many kinds and packages
         lines = [line for line in str(e).splitlines() if line.strip()]
         text = f'torch.compile does not work here ({lines[0] if lines else type(e).__name__})'
         if asked:
             raise UserError(f'{text}; leave --compile away')
-        place.print(f'{text}; training without it, more slowly')
+        process.print(f'{text}; training without it, more slowly')
         return False
 
 
@@ -681,22 +685,22 @@ def main(argv):
     config.check()
     if config.dry_run:
         return print_plan(config)
-    place = find_place(config.device, config.dtype, config.compile)
-    if place.compile:
-        place.compile = can_compile(place, asked=config.compile)
-    data = place.in_turn(lambda: open_data(config.data))
+    process = find_process(config.device, config.dtype, config.compile)
+    if process.compile:
+        process.compile = can_compile(process, asked=config.compile)
+    data = process.in_turn(open_data, config.data)
     for note in data.notes:
-        place.print(note)
-    place.print(f'{len(data):,} images, {len(data.class_names)} classes; '
-                f'{place.world} x {place.device.type}, {str(place.dtype).split(".")[1]}'
-                f'{", compiled" if place.compile else ""}')
-    stopped = train(config, data, place)
+        process.print(note)
+    process.print(f'{len(data):,} images, {len(data.class_names)} classes; '
+                f'{process.world} x {process.device.type}, {str(process.dtype).split(".")[1]}'
+                f'{", compiled" if process.compile else ""}')
+    stopped = train(config, data, process)
     ckpt = os.path.join(config.out, 'ckpt.pt')
     if stopped:
-        place.print(f'stopped by {signal.Signals(stopped).name}; saved {ckpt}, the same command '
+        process.print(f'stopped by {signal.Signals(stopped).name}; saved {ckpt}, the same command '
                     'resumes from there')
         sys.exit(128 + stopped)                                    # for schedulers: not done yet
-    place.print(f'saved {ckpt}; make images with: python sample.py --ckpt {ckpt}')
+    process.print(f'saved {ckpt}; make images with: python sample.py --ckpt {ckpt}')
 
 
 if __name__ == '__main__':

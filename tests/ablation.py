@@ -21,7 +21,7 @@ import torch
 import conftest  # noqa: F401, puts the project on the path
 from data import Parser, UserError, cli, crop, open_data
 from evaluate import psnr, zero_to_one
-from model import RECON, find_place, generator, load_model, sample_images, to_uint8
+from model import RECON, find_process, generator, load_model, sample_images, to_uint8
 
 # Half of nano, so that all rows fit an afternoon of one core. All blocks keep their layers: the flow of pixels has as
 # many as the others.
@@ -132,7 +132,7 @@ class Judge:
         model, _, names = load_model(path)
         labels, row = torch.arange(self.n) % len(names), {}
         for cfg in (0, 2):
-            batches = sample_images(model, labels, 0, find_place('cpu'), 100, float(cfg))
+            batches = sample_images(model, labels, 0, find_process('cpu'), 100, float(cfg))
             features = self.judge.features(self.net, np.concatenate(list(batches)), 96)
             row[f'fd {cfg}'] = self.judge.frechet(features, self.reference)
             row[f'acc {cfg}'] = float((self.judge.votes(self.reference, self.labels, features) == labels.numpy()).mean())

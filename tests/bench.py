@@ -26,7 +26,7 @@ from data import Parser, cli
 import flow as flow_module
 import tarflow_plain
 from flow import Flow, Guidance, guide
-from model import Config, PRESETS, SimFlow, find_place, load_model, to_uint8, with_weights_in
+from model import Config, PRESETS, SimFlow, find_process, load_model, to_uint8, with_weights_in
 from sample import Options
 from train import Trainer, train_flops as whole_flops
 from vae import LPIPS, VAE
@@ -41,20 +41,20 @@ class Machine:
         torch.set_num_threads(threads)
         self.device, self.quick, cuda = torch.device(device), quick, device.startswith('cuda')
         self.clock = time.process_time if threads == 1 and device == 'cpu' else time.perf_counter
-        self.place = find_place(device, compile=False)
-        self.device = self.place.device
+        self.process = find_process(device, compile=False)
+        self.device = self.process.device
         self.turns = 2 if quick else 3                                 # least, of each comparison
         self.seconds = 1.0 if quick else 3.0 if cuda else 20.0
         name = torch.cuda.get_device_name() if cuda else cpu_name()
         self.facts = {'device': f'{device}: {name}', 'threads': threads, 'torch': torch.__version__,
-                      'dtype': str(self.place.dtype).split('.')[1], 'quick': quick}
+                      'dtype': str(self.process.dtype).split('.')[1], 'quick': quick}
 
     def time(self, call):
         """-> seconds"""
         if self.device.type == 'cuda':
             torch.cuda.synchronize()
         start = self.clock()
-        with self.place.autocast():
+        with self.process.autocast():
             call()
         if self.device.type == 'cuda':
             torch.cuda.synchronize()
@@ -149,7 +149,7 @@ def train_flops(flow, batch):
 
 def gemms(machine, rows, width):
     """-> call, FLOPs: the matrix products of one layer's Linear layers, forward and backward, and nothing else"""
-    dtype, work = machine.place.dtype, []
+    dtype, work = machine.process.dtype, []
     for n, k in ((3, 1), (1, 1), (4, 1), (1, 4)):
         sides = (rows, k * width), (n * width, k * width), (rows, n * width)
         work.append([machine.randn(*side).to(dtype) for side in sides])
@@ -272,7 +272,7 @@ def section_jacobi(machine, args):
 def decoding_error(machine, flow, model, z, y, cfg, tol):
     """Of parallel decoding against token by token: in latents the largest of an image, relative; in levels of uint8
     the largest and the mean"""
-    with machine.place.autocast():
+    with machine.process.autocast():
         a, b = flow.sample(z, y, cfg), parallel(flow, z, y, cfg, tol)
         row = {'latents': ((a - b).norm(dim=(1, 2)) / a.norm(dim=(1, 2))).max().item(), 'levels, max': '-', 'mean': '-'}
         if model:
@@ -335,7 +335,7 @@ def section_vae(machine, args):
 
 def section_step(machine, args):
     c = Config(**PRESETS['nano'])
-    trainer = Trainer(c, 10, machine.place)
+    trainer = Trainer(c, 10, machine.process)
     batch = 8 if machine.quick else c.batch_size
     trainer.config.batch_size = batch
     image = torch.randint(256, (batch, 3, c.image_size, c.image_size), dtype=torch.uint8)
@@ -372,7 +372,7 @@ def preset_of(size, batch):
 def section_machine(machine, args):
     """The ceilings: one large matrix product, one large copy"""
     n = 512 if machine.quick else 8192
-    a, b = (machine.randn(n, n).to(machine.place.dtype) for _ in range(2))
+    a, b = (machine.randn(n, n).to(machine.process.dtype) for _ in range(2))
     out = torch.empty_like(a)
     t = machine.times({'gemm': lambda: torch.mm(a, b, out=out), 'copy': lambda: out.copy_(a)})
     return show('What the machine can do', [{'GEMM of': n, 'TFLOP/s': 2 * n ** 3 / t['gemm'] / 1e12,
@@ -383,11 +383,11 @@ def section_train_sizes(machine, args):
     """A whole training step with all its networks (random VGG16): compiled on a GPU, launched operation by operation and
     as one CUDA graph"""
     rows, cuda = [], machine.device.type == 'cuda'
-    place = dataclasses.replace(machine.place, compile=cuda)
+    process = dataclasses.replace(machine.process, compile=cuda)
     for size in args.sizes:
         c = preset_of(size, SIZES[size][1])
         first = time.perf_counter()
-        trainer = Trainer(c, CLASSES, place, LPIPS() if c.lpips else None)
+        trainer = Trainer(c, CLASSES, process, LPIPS() if c.lpips else None)
         built = time.perf_counter()
         image = torch.randint(256, (c.batch_size, 3, c.image_size, c.image_size), dtype=torch.uint8)
         step = functools.partial(trainer.train_step, image, torch.arange(c.batch_size), 1e-5)
@@ -420,7 +420,7 @@ def section_sample_sizes(machine, args):
         with machine.device:
             model = SimFlow(c, CLASSES).requires_grad_(False).eval()
         wake(model.flow)
-        model = with_weights_in(machine.place.dtype, model)
+        model = with_weights_in(machine.process.dtype, model)
         for batch in SIZES[size][2]:
             z, y = machine.randn(batch, *model.flow.shape), machine.labels(batch)
             steps = [(0.25, y), (-0.25, torch.full_like(y, CLASSES))]
@@ -431,7 +431,7 @@ def section_sample_sizes(machine, args):
             row = {'size': size, 'images': batch, 'flow, s': t['flow'], 'score step, s': t['score'],
                    'decode, s': t['decode'], 'ms an image': 1e3 * sum(t.values()) / batch}
             if cuda:
-                with machine.place.autocast(), mock.patch.object(flow_module, 'capture', lambda step, device: step() or step):
+                with machine.process.autocast(), mock.patch.object(flow_module, 'capture', lambda step, device: step() or step):
                     row['flow, launched, s'] = machine.time(lambda: model.flow.sample(z, y, 2.0)) if batch < 256 else 0.0
                 row['peak, GB'] = torch.cuda.max_memory_reserved() / 1e9
             rows.append(row)

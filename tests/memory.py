@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from data import cli, parse_options
-from model import PRESETS, Config, DINOv2, Place
+from model import PRESETS, Config, DINOv2, Process
 from train import Trainer
 from vae import LPIPS
 
@@ -90,7 +90,7 @@ def predict_memory(config, classes, world=1):
     fused, as it is on GPUs with bfloat16: no T x T matrix. Not in it: what torch.compile changes,
     CUDA's context, cuDNN's workspaces, gaps between blocks of memory."""
     half = (config.dtype or config.device) not in ('float32', 'cpu', 'mps')
-    place = Place(torch.device('cpu'), torch.bfloat16 if half else torch.float32, compile=False)
+    process = Process(torch.device('cpu'), torch.bfloat16 if half else torch.float32, compile=False)
     accum = min(2, config.grad_accum)                              # a third one is like the second
     batch = config.batch_size // world // config.grad_accum * accum
     config = dataclasses.replace(config, grad_accum=accum)
@@ -104,7 +104,7 @@ def predict_memory(config, classes, world=1):
         memory = stack.enter_context(Memory())
         size = (64, 2, 1) if config.repa == 'random' else (768, 12, 12)      # else ViT-B's
         teacher = DINOv2(*size, math.isqrt(config.tokens)) if config.align else None
-        return step_memory(Trainer(config, classes, place, LPIPS(), teacher), memory, batch, world)
+        return step_memory(Trainer(config, classes, process, LPIPS(), teacher), memory, batch, world)
 
 
 def main(argv):

@@ -8,14 +8,14 @@ from torch.utils._pytree import tree_leaves
 
 from data import UserError
 import evaluate
-from model import PRESETS, Config, Place, find_place
+from model import PRESETS, Config, Process, find_process
 import train
 from vae import LPIPS
 
 
 @pytest.fixture
 def two_gpus(monkeypatch):
-    """A machine with two GPUs, as far as find_place can see. -> what it did to them"""
+    """A machine with two GPUs, as far as find_process can see. -> what it did to them"""
     seen, zeros = types.SimpleNamespace(current=0, bf16=True), torch.zeros
 
     def set_device(device):
@@ -45,33 +45,33 @@ def two_gpus(monkeypatch):
 
 @pytest.mark.parametrize('asked, index', [('', 0), ('cuda', 0), ('cuda:0', 0), ('cuda:1', 1)])
 def test_one_process_takes_the_gpu_asked_for(two_gpus, asked, index):
-    place = find_place(asked)
-    assert place.device == torch.device('cuda', index) and two_gpus.current == index
-    assert place.dtype == torch.bfloat16 and place.compile
+    process = find_process(asked)
+    assert process.device == torch.device('cuda', index) and two_gpus.current == index
+    assert process.dtype == torch.bfloat16 and process.compile
 
 
 def test_torchruns_processes_take_one_gpu_each(two_gpus, monkeypatch):
     monkeypatch.setenv('LOCAL_RANK', '1')
-    assert find_place().device.index == find_place('cuda').device.index == two_gpus.current == 1
+    assert find_process().device.index == find_process('cuda').device.index == two_gpus.current == 1
 
 
 def test_one_gpu_is_not_for_several_processes(two_gpus, monkeypatch):
     monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')
     with pytest.raises(UserError, match='cuda:1 is one device for several processes; give --device cuda'):
-        find_place('cuda:1')
+        find_process('cuda:1')
 
 
 @pytest.mark.parametrize('asked', ['cuda:2', 'cuda:x', 'gpu', 'cuda:-1'])
 def test_a_device_that_is_not_there_is_one_sentence(two_gpus, asked):
     with pytest.raises(UserError, match=f"--device {asked} can't be used here: ") as e:
-        find_place(asked)
+        find_process(asked)
     assert '\n' not in str(e.value)
 
 
 def test_launchers_that_say_half_are_refused(monkeypatch):
     monkeypatch.setenv('RANK', '0')
     with pytest.raises(UserError, match='RANK is set, but not LOCAL_RANK, WORLD_SIZE, .*torchrun'):
-        find_place('cpu')
+        find_process('cpu')
     monkeypatch.delenv('RANK')
     monkeypatch.setenv('WORLD_SIZE', '3')                              # alone it means nothing,
     Config(batch_size=8, lpips=0.0).check()
@@ -79,12 +79,12 @@ def test_launchers_that_say_half_are_refused(monkeypatch):
         Config(batch_size=8, lpips=0.0, dry_run=True).check()
     monkeypatch.setenv('SLURM_NTASKS', '8')
     with pytest.raises(UserError, match='torchrun'):
-        find_place('cpu')
+        find_process('cpu')
 
 
 def test_old_gpus_compute_in_float32(two_gpus):
     two_gpus.bf16 = False
-    assert find_place().dtype == torch.float32 and find_place(dtype='bfloat16').dtype == torch.bfloat16
+    assert find_process().dtype == torch.float32 and find_process(dtype='bfloat16').dtype == torch.bfloat16
 
 
 class NoFloat64(TorchDispatchMode):
@@ -101,7 +101,7 @@ class NoFloat64(TorchDispatchMode):
 def test_nothing_on_a_device_is_float64(more):
     config = Config(**PRESETS['nano'] | dict(image_size=16, vae_width=8, latent_dim=4, width=16, layers=(1, 1), gan=0.1,
                                              gan_width=8, batch_size=4) | more)
-    trainer = train.Trainer(config, 3, Place(torch.device('cpu'), torch.float32, False), LPIPS())
+    trainer = train.Trainer(config, 3, Process(torch.device('cpu'), torch.float32, False), LPIPS())
     y, noise = torch.tensor([0, 1, 2, 3]), torch.randn(4, 16, 4)
     image = torch.rand(4, 3, 16, 16)
     with NoFloat64():
@@ -115,8 +115,8 @@ def test_nothing_on_a_device_is_float64(more):
 
 
 def test_a_cpu_does_not_ask_for_a_gpu(two_gpus):
-    place = find_place('cpu')
-    assert (place.device.type, place.dtype, place.compile) == ('cpu', torch.float32, False)
+    process = find_process('cpu')
+    assert (process.device.type, process.dtype, process.compile) == ('cpu', torch.float32, False)
 
 
 @pytest.mark.parametrize('asked', [None, True])
@@ -124,10 +124,10 @@ def test_without_a_compiler_training_is_eager(monkeypatch, capsys, asked):
     def no_compiler(function):
         raise RuntimeError('\nFailed to find C compiler.\nPlease specify via CC')
     monkeypatch.setattr(torch, 'compile', no_compiler)
-    place = Place(torch.device('cpu'), torch.float32, compile=True)
+    process = Process(torch.device('cpu'), torch.float32, compile=True)
     if asked:
         with pytest.raises(UserError, match=r'does not work here \(Failed to find C compiler.\); leave --compile away'):
-            train.can_compile(place, asked)
+            train.can_compile(process, asked)
     else:
-        assert not train.can_compile(place, asked)
+        assert not train.can_compile(process, asked)
         assert 'Failed to find C compiler' in capsys.readouterr().out

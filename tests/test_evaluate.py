@@ -22,9 +22,9 @@ import evaluate
 import golden_evaluate as golden
 from data import UserError
 from flow import Flow
-from model import PRESETS, Config, Place, SimFlow
+from model import PRESETS, Config, Process, SimFlow
 
-HERE = Place(torch.device('cpu'), torch.float32, False)
+HERE = Process(torch.device('cpu'), torch.float32, False)
 
 
 class Tiny(nn.Module):
@@ -477,8 +477,8 @@ def share_work(rank, world, folder):
     if world > 1:
         torch.distributed.init_process_group('gloo', f'file://{folder}/rendezvous{world}',
                                              rank=rank, world_size=world)
-    place = dataclasses.replace(HERE, rank=rank, world=world)
-    evaluate.find_place = lambda device, dtype: place
+    process = dataclasses.replace(HERE, rank=rank, world=world)
+    evaluate.find_process = lambda device, dtype: process
     evaluate.FEATURES['inception'] = tiny_features
     evaluate.load_lpips = Distance
     tables = []
@@ -617,11 +617,11 @@ def test_classifiers_find_the_class_that_made_the_image(tiny):
     """A flow whose classes are Gaussians far apart: Bayes' rule has no doubts, nor has the
     gradient."""
     flow = Flow(4, 6, 16, 2, (1, 1), classes=2)
-    block = flow.blocks[0]
-    block.classes.weight.data.zero_()[:2, :2] = torch.tensor([[-5.0, 5.0], [5.0, -5.0]])
+    transformer = flow.blocks[0].transformer
+    transformer.classes.weight.data.zero_()[:2, :2] = torch.tensor([[-5.0, 5.0], [5.0, -5.0]])
     # SiLU(a) - SiLU(-a) = a: -5 or 5 shifts channel 0
-    block.ada.weight.data[0, :2] = torch.tensor([1.0, -1.0])
-    block.proj_out.weight.data.zero_()[:4, 0] = 0.8                # of the head, and thus every mu
+    transformer.ada.weight.data[0, :2] = torch.tensor([1.0, -1.0])
+    transformer.proj_out.weight.data.zero_()[:4, 0] = 0.8                # of the head, and thus every mu
     y = torch.tensor([0, 1]).repeat(10)
     x = flow.sample(torch.randn(20, 6, 4, generator=torch.Generator().manual_seed(0)), y)
     for classify in evaluate.CLASSIFIERS.values():

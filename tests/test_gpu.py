@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT
 from data import batches, open_data, parse_options
 from memory import predict_memory
-from model import PRESETS, Config, Place, find_place, load_model, sample_images
+from model import PRESETS, Config, Process, find_process, load_model, sample_images
 from test_train import python, torchrun
 import train
 from vae import LPIPS
@@ -79,9 +79,9 @@ def test_programs_end_well(runs, tell):
 def draw(checkpoint, device, dtype):
     """-> 20 images, guided, with the score step; (20, 32, 32, 3) int"""
     model, _, class_names = load_model(checkpoint)
-    place = find_place(device, dtype)
+    process = find_process(device, dtype)
     labels = torch.arange(20) % len(class_names)
-    return np.concatenate(list(sample_images(model.to(place.device), labels, 0, place, 20, 2.0, 0.25))).astype(int)
+    return np.concatenate(list(sample_images(model.to(process.device), labels, 0, process, 20, 2.0, 0.25))).astype(int)
 
 
 def test_images_are_a_cpus(runs, tell):
@@ -99,8 +99,8 @@ def test_images_are_a_cpus(runs, tell):
 def losses(dtype, compiled, steps=50):
     """-> the loss of each step of nano, in memory"""
     config = parse_options(Config, ['--device', DEVICE], '', PRESETS)
-    place = find_place(config.device, dtype, compiled)
-    trainer, rows = train.Trainer(config, 10, place), []
+    process = find_process(config.device, dtype, compiled)
+    trainer, rows = train.Trainer(config, 10, process), []
     for image, y, replaced in batches(open_data('shapes'), 32, 32, 0, True, 0, steps):
         trainer.train_step(image, y, train.learning_rate(config, trainer.step, config.steps), replaced)
         rows.append(trainer.row()['loss'])
@@ -129,7 +129,7 @@ def test_memory_is_the_predicted_one(tell):
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    trainer = train.Trainer(config, 1000, Place(torch.device('cuda', 0), torch.bfloat16, False), LPIPS())
+    trainer = train.Trainer(config, 1000, Process(torch.device('cuda', 0), torch.bfloat16, False), LPIPS())
     seconds = []
     for _ in range(4):
         torch.cuda.synchronize()

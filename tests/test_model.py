@@ -8,7 +8,7 @@ import torch
 
 from conftest import ROOT
 from data import UserError, parse_options
-from model import PRESETS, Config, SimFlow, find_place, generator, load_checkpoint, load_model, sample_images
+from model import PRESETS, Config, SimFlow, find_process, generator, load_checkpoint, load_model, sample_images
 import vae
 from vae import LPIPS, Discriminator, adaptive_weight, hinge, load_lpips
 
@@ -62,9 +62,9 @@ def test_mistakes_name_the_option(argv, word):
 
 
 def test_unknown_device_and_dtype():
-    for place, word in [(('tpu', ''), '--device'), (('cpu', 'float3'), '--dtype')]:
+    for process, word in [(('tpu', ''), '--device'), (('cpu', 'float3'), '--dtype')]:
         with pytest.raises(UserError, match=word):
-            find_place(*place)
+            find_process(*process)
 
 
 def test_random_streams_do_not_meet():
@@ -113,9 +113,9 @@ def test_generate_goes_through_the_parts():
 
 @pytest.mark.parametrize('cfg, gamma', [(0.0, 0.0), (2.0, 0.25)])
 def test_samples_do_not_depend_on_the_batch_size(cfg, gamma):
-    model, place = tiny_model().eval(), find_place('cpu')
+    model, process = tiny_model().eval(), find_process('cpu')
     labels = torch.arange(16) % 3
-    runs = [np.concatenate(list(sample_images(model, labels, 7, place, size, cfg, gamma))) for size in (1, 5, 16)]
+    runs = [np.concatenate(list(sample_images(model, labels, 7, process, size, cfg, gamma))) for size in (1, 5, 16)]
     for images in runs[1:]:
         difference = np.abs(images.astype(int) - runs[0])
         assert difference.max() <= 1 and (difference > 0).mean() < 1e-3

@@ -18,7 +18,7 @@ import torch
 from conftest import ROOT
 from data import UserError, cli, parse_options
 from memory import predict_memory
-from model import PRESETS, Config, Place, SimFlow, load_model
+from model import PRESETS, Config, Process, SimFlow, load_model
 import train
 from vae import LPIPS, Discriminator
 
@@ -283,8 +283,8 @@ def test_signals_save_and_end(tmp_path, number, code):
 
 def spoil(monkeypatch, bad):
     """Let the noise of each step that `bad` says be NaN."""
-    def spoiled(config, classes, step, y, place, draw=train.draw):
-        noise, y = draw(config, classes, step, y, place)
+    def spoiled(config, classes, step, y, process, draw=train.draw):
+        noise, y = draw(config, classes, step, y, process)
         return noise * (float('nan') if bad(step) else 1), y
     monkeypatch.setattr(train, 'draw', spoiled)
 
@@ -377,7 +377,7 @@ def predicted(*extra):
 def test_predicted_memory_is_that_of_a_real_step(extra):
     """Fake tensors, whose sizes their own mode keeps, against what the profiler sees the allocator hand out."""
     config, parts = predicted(*extra)
-    trainer = train.Trainer(config, 10, Place(torch.device('cpu'), torch.float32, False), LPIPS())
+    trainer = train.Trainer(config, 10, Process(torch.device('cpu'), torch.float32, False), LPIPS())
     batch = torch.zeros(32, 3, 32, 32, dtype=torch.uint8), torch.zeros(32, dtype=torch.long)
     trainer.train_step(*batch, lr=0.0)                             # makes Adam's state
     for opt in trainer.optimizers(adversarial=bool(config.gan)):

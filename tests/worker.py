@@ -11,43 +11,43 @@ import torch
 
 import conftest  # noqa: F401, puts the project on the path
 from data import batches, open_data, parse_options
-from model import PRESETS, Config, find_place
+from model import PRESETS, Config, find_process
 import train
 
 
-def make(options, place):
+def make(options, process):
     """A trainer whose weights are far from their initial zeros, and its share of the first batch."""
     config = parse_options(Config, options, '', PRESETS)
-    place.compile = bool(config.compile)
-    trainer = train.Trainer(config, 10, place)
+    process.compile = bool(config.compile)
+    trainer = train.Trainer(config, 10, process)
     g = torch.Generator().manual_seed(0)
     for p in trainer.model.parameters():
         p.data += 0.02 * torch.randn(p.shape, generator=g)
     image, y, _ = next(batches(open_data('shapes'), config.image_size, config.batch_size, 0, False, 0, 1,
-                               place.rank, place.world))
+                               process.rank, process.world))
     return trainer, image, y
 
 
-def gradients(options, place=None):
+def gradients(options, process=None):
     """-> those of one step by name, before clipping"""
-    trainer, image, y = make(options, place or find_place('cpu'))
+    trainer, image, y = make(options, process or find_process('cpu'))
     trainer.update = lambda terms, adversarial, lr: None
     trainer.train_step(image, y, lr=1e-3)
     parts = {'model': trainer.model, 'disc': getattr(trainer, 'disc', torch.nn.Module())}
     return {f'{part}.{name}': p.grad for part in parts for name, p in parts[part].named_parameters()}
 
 
-def skip(options, place):
+def skip(options, process):
     """Four steps of two runs: in one, the noise is infinite at step 2 in the last process only; the other has no step 2.
     -> what the trainer has after each"""
     draw, states = train.draw, []
 
-    def bad_draw(config, classes, step, labels, place):
-        noise, labels = draw(config, classes, step, labels, place)
-        return noise * (float('inf') if step == 2 and place.rank == place.world - 1 else 1), labels
+    def bad_draw(config, classes, step, labels, process):
+        noise, labels = draw(config, classes, step, labels, process)
+        return noise * (float('inf') if step == 2 and process.rank == process.world - 1 else 1), labels
     train.draw = bad_draw
     for leave_out in (False, True):
-        trainer, image, y = make(options, place)
+        trainer, image, y = make(options, process)
         for step in range(4):
             if step == 2 and leave_out:
                 trainer.step += 1
@@ -61,7 +61,7 @@ def skip(options, place):
 
 
 if __name__ == '__main__':
-    folder, here = sys.argv[1], find_place('cpu')
+    folder, here = sys.argv[1], find_process('cpu')
     sys.setswitchinterval(20)                                      # gloo's threads wait long for Python: see leave_processes
     with open(os.path.join(folder, 'jobs.json')) as f:
         jobs = json.load(f)
