@@ -90,11 +90,14 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Layer(width, heads, causal) for _ in range(layers))
         self.ada = nn.Linear(width, 2 * width)
         self.proj_out = nn.Linear(width, out_dim)
-        for linear in [m for m in self.modules() if isinstance(m, nn.Linear)]:
-            nn.init.xavier_uniform_(linear.weight)
-            nn.init.zeros_(linear.bias)
-        for linear in [self.ada, self.proj_out, *(layer.ada for layer in self.layers)]:
-            nn.init.zeros_(linear.weight)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.zeros_(self.ada.weight)
+        nn.init.zeros_(self.proj_out.weight)
+        for layer in self.layers:
+            nn.init.zeros_(layer.ada.weight)
 
     def condition(self, y, time=0.0):
         """Class indices y (B,), or weights (B, classes) of all but "no class"; time (B, C) of
@@ -103,10 +106,12 @@ class Transformer(nn.Module):
         cond = F.silu(embedding + time).to(self.ada.weight.dtype)  # (B, C)
         modulations = []
         for layer in self.layers:
-            s1, c1, g1, s2, c2, g2 = layer.ada(cond).float().unsqueeze(1).chunk(6, dim=-1)
-            modulations.append((s1, 1 + c1, g1, s2, 1 + c2, g2))
+            ada = layer.ada(cond).float().unsqueeze(1)             # (B, 1, 6C)
+            shift1, scale1, gate1, shift2, scale2, gate2 = ada.chunk(6, dim=-1)
+            modulations.append((shift1, 1 + scale1, gate1, shift2, 1 + scale2, gate2))
         shift, scale = self.ada(cond).float().unsqueeze(1).chunk(2, dim=-1)
-        return modulations + [(shift, 1 + scale)]
+        modulations.append((shift, 1 + scale))
+        return modulations
 
     def forward(self, x, modulations, caches=None, window=None):
         """x (B, n, dim) -> (B, n, out_dim) float32. All tokens, or with a window those in it."""
@@ -308,8 +313,11 @@ class Flow(nn.Module):
         out = []
         for part in self.score_batches(x, len(terms)):
             ys = torch.cat([y[part] for _, y in terms])
-            scores = self.score(x[part].repeat(len(terms), 1, 1), ys).chunk(len(terms))
-            out.append(x[part] + sum(weight * score for (weight, _), score in zip(terms, scores)))
+            scores = self.score(x[part].repeat(len(terms), 1, 1), ys)
+            step = 0
+            for (weight, _), score in zip(terms, scores.chunk(len(terms))):
+                step = step + weight * score
+            out.append(x[part] + step)
         return torch.cat(out)
 
     def score_batches(self, x, terms):
@@ -355,22 +363,26 @@ class Decoder:
     """
 
     def __init__(self, block, z, y, cfg, guidance, n=1):
-        self.block, self.transformer, self.guidance = block, block.transformer, guidance
+        self.block, self.transformer = block, block.transformer
+        self.guidance = guidance
         self.z = block.reorder(z)
         self.x = self.z.clone()                                    # the first token stays
-        (B, T, _), self.length = z.shape, z.shape[1]
-        self.guided, self.tau = cfg > 0, None
+        B, T, _ = z.shape
+        self.length = T
+        self.guided = cfg > 0
+        self.tau = None
         like = self.transformer.proj_in.weight                     # in the dtype of attention
         if self.guided:                                            # both halves as one batch
             other = y if guidance.tau else torch.full_like(y, self.transformer.null_class)
             y = torch.cat([y, other])
             if guidance.tau:
-                self.tau = like.new_tensor([1.0] * B + [guidance.tau] * B).view(-1, 1, 1, 1)
+                self.tau = like.new_ones(2 * B, 1, 1, 1)
+                self.tau[B:] = guidance.tau
         self.modulations = self.transformer.condition(y)
         self.rows = len(y) * n                                     # of every matrix product
         heads = self.transformer.layers[0].attn.heads
-        self.caches = [like.new_zeros(2, len(y), heads, T, len(like) // heads)
-                       for _ in self.transformer.layers]
+        shape = 2, len(y), heads, T, len(like) // heads            # keys and values
+        self.caches = [like.new_zeros(shape) for _ in self.transformer.layers]
         self.mask = like.new_full((T, T), float('-inf')).triu(1)
         self.at = torch.arange(n, device=z.device)
         self.weight = torch.full((T, 1), float(cfg), device=z.device)
@@ -397,9 +409,11 @@ class Decoder:
     def pieces(self):
         """-> (places that attention looks at, tokens to read with that) pairs. A CUDA graph looks
         at a fixed number of places, of which the last ones may be empty yet: there are four."""
-        T = self.x.shape[1]
+        T, pieces = self.x.shape[1], []
         size = math.ceil(T / 4) if self.x.device.type == 'cuda' else 1
-        return [(min(t + size, T), min(size, T - 1 - t)) for t in range(0, T - 1, size)]
+        for t in range(0, T - 1, size):
+            pieces.append((min(t + size, T), min(size, T - 1 - t)))
+        return pieces
 
 
 def capture(step, device):

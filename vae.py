@@ -62,23 +62,31 @@ def encoder(width, mults, patch, out_dim):
     for i, mult in enumerate(mults):
         lowest = i == len(mults) - 1
         for _ in range(2):
-            layers += [ResBlock(c, width * mult)] + [SelfAttention(width * mult)] * lowest
+            layers.append(ResBlock(c, width * mult))
             c = width * mult
-        layers += [Downsample(c)] * (not lowest)
-    return Stack(*layers, *middle(c), norm(c), nn.SiLU(), nn.Conv2d(c, out_dim, 3, padding=1))
+            if lowest:
+                layers.append(SelfAttention(c))
+        if not lowest:
+            layers.append(Downsample(c))
+    layers += middle(c)
+    layers += [norm(c), nn.SiLU(), nn.Conv2d(c, out_dim, 3, padding=1)]
+    return Stack(*layers)
 
 
 def decoder(width, mults, in_dim):
     """(B, in_dim, H/f, W/f) -> (B, width * mults[0], H/patch, W/patch): three ResBlocks per level,
     attention in the middle only."""
     c = width * mults[-1]
-    layers = [nn.Conv2d(in_dim, c, 3, padding=1), *middle(c)]
-    for i, mult in reversed(list(enumerate(mults))):
+    layers = [nn.Conv2d(in_dim, c, 3, padding=1)]
+    layers += middle(c)
+    for i in reversed(range(len(mults))):
         for _ in range(3):
-            layers += [ResBlock(c, width * mult)]
-            c = width * mult
-        layers += [Upsample(c)] * (i > 0)
-    return Stack(*layers, norm(c), nn.SiLU())
+            layers.append(ResBlock(c, width * mults[i]))
+            c = width * mults[i]
+        if i > 0:
+            layers.append(Upsample(c))
+    layers += [norm(c), nn.SiLU()]
+    return Stack(*layers)
 
 
 class Stack(nn.Sequential):
@@ -104,8 +112,10 @@ class ResBlock(nn.Module):
 
     def __init__(self, cin, cout):
         super().__init__()
-        self.norm1, self.conv1 = norm(cin), nn.Conv2d(cin, cout, 3, padding=1)
-        self.norm2, self.conv2 = norm(cout), nn.Conv2d(cout, cout, 3, padding=1)
+        self.norm1 = norm(cin)
+        self.conv1 = nn.Conv2d(cin, cout, 3, padding=1)
+        self.norm2 = norm(cout)
+        self.conv2 = nn.Conv2d(cout, cout, 3, padding=1)
         self.skip = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
         nn.init.zeros_(self.conv2.weight)
 
@@ -208,9 +218,11 @@ class Discriminator(nn.Sequential):
         for i in range(1, layers + 1):
             cin, c = c, min(2 * c, 8 * width)
             stride = 2 if i < layers else 1
-            stack += [nn.Conv2d(cin, c, 4, stride, padding=1),
-                      GroupNorm(math.gcd(16, c // 4), c), nn.LeakyReLU(0.2)]
-        super().__init__(*stack, nn.Conv2d(c, 1, 4, padding=1))
+            stack.append(nn.Conv2d(cin, c, 4, stride, padding=1))
+            stack.append(GroupNorm(math.gcd(16, c // 4), c))
+            stack.append(nn.LeakyReLU(0.2))
+        stack.append(nn.Conv2d(c, 1, 4, padding=1))
+        super().__init__(*stack)
 
 
 def hinge(logits_real, logits_fake):
@@ -240,17 +252,20 @@ class LPIPS(nn.Module):
 
     def __init__(self):
         super().__init__()
-        layers, cin, self.ends = [], 3, []
+        layers, cin, self.ends = [], 3, []                         # ends: of the five depths
         for convolutions, c in self.DEPTHS:
-            layers += [nn.MaxPool2d(2)] * (cin > 3)
+            if layers:
+                layers.append(nn.MaxPool2d(2))
             for _ in range(convolutions):
                 layers += [nn.Conv2d(cin, c, 3, padding=1), nn.ReLU()]
                 cin = c
             self.ends.append(len(layers))
         self.features = nn.Sequential(*layers)                     # as torchvision numbers them
         self.heads = nn.ParameterList(torch.zeros(1, c, 1, 1) for _, c in self.DEPTHS)
-        self.register_buffer('shift', torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
-        self.register_buffer('scale', torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
+        mean = torch.tensor([-0.030, -0.088, -0.188])              # of ImageNet's images
+        std = torch.tensor([0.458, 0.448, 0.450])
+        self.register_buffer('shift', mean.view(1, 3, 1, 1))
+        self.register_buffer('scale', std.view(1, 3, 1, 1))
         self.eval().requires_grad_(False)
 
     def load(self, vgg, heads):
@@ -264,10 +279,11 @@ class LPIPS(nn.Module):
     def directions(self, image):
         """(B, 3, H, W) -> five feature maps (B, c, h, w), of norm 1 at every position"""
         h, maps = (image - self.shift) / self.scale, []
-        for start, end in zip([0, *self.ends], self.ends):
-            h = self.features[start:end](h)
-            f = h.float()                                          # squares underflow in bf16
-            maps.append(f / (f.norm(dim=1, keepdim=True) + 1e-10))
+        for i, layer in enumerate(self.features, start=1):
+            h = layer(h)
+            if i in self.ends:
+                f = h.float()                                      # squares underflow in bf16
+                maps.append(f / (f.norm(dim=1, keepdim=True) + 1e-10))
         return maps
 
     def forward(self, image, original):
