@@ -32,8 +32,8 @@ from tqdm import tqdm
 
 from data import (Unreadable, UserError, cli, crop, fetch, hexdigest, open_data, option,
                   parse_options, refuse_damage, refuse_negative, whole)
-from model import (RECON, check_sampling, find_process, generator, grid, load_model, note_on_guidance,
-                   sample_images, to_uint8, with_weights_in)
+from model import (RECON, check_sampling, find_process, generator, grid, load_model,
+                   note_on_guidance, sample_images, to_uint8, with_weights_in)
 from vae import load_lpips
 
 SPLITS = 10                                # of the Inception score, and thus the fewest images
@@ -769,7 +769,7 @@ def source_statistics(source, options, features, process):
 # All processes call the same task. It returns rows of the table, name -> value, which count on
 # process 0, and what to write once the numbers are printed: path -> picture, or statistics.
 
-Trained = namedtuple('Trained', 'model config class_names')       # what --ckpt holds
+Trained = namedtuple('Trained', 'model config class_names')        # what --ckpt holds
 
 
 def compare_given(options, process):
@@ -930,7 +930,7 @@ def likelihood(recon, batch, options, process, trained):
         return {}
     with process.autocast():
         nll = model.flow.nll(batch.x, batch.y)
-        rate = model.rate(nll, batch.sigma) / math.log(2)          # per latent dimension
+        rate = model.kl(nll, batch.sigma) / math.log(2)            # per latent dimension
     if config.codec == 'pixels':
         return {'rate': rate}
     per_value = rate * batch.x[0].numel() / batch.image[0].numel()

@@ -302,8 +302,8 @@ class Flow(nn.Module):
         z, logdet = self(x, y)
         return torch.autograd.grad(self.log_prob(z, logdet).sum(), x)[0]
 
-    def score_step(self, x, terms):
-        """x + sum of weight * score(x, y) over (weight, y) in terms: x (B, T, D), y (B,) ->
+    def score_step(self, x, steps):
+        """x + sum of weight * score(x, y) over (weight, y) in steps: x (B, T, D), y (B,) ->
         (B, T, D). Moves all tokens at once through the whole flow.
 
             SimFlow, Eq. 6         (gamma, class), (-gamma, no class): also corrects what the guided
@@ -311,20 +311,20 @@ class Flow(nn.Module):
             TARFlow, by Tweedie    (sigma^2, class): the mean of the clean data given noisy x
         """
         out = []
-        for part in self.score_batches(x, len(terms)):
-            ys = torch.cat([y[part] for _, y in terms])
-            scores = self.score(x[part].repeat(len(terms), 1, 1), ys)
-            step = 0
-            for (weight, _), score in zip(terms, scores.chunk(len(terms))):
-                step = step + weight * score
-            out.append(x[part] + step)
+        for part in self.score_batches(x, len(steps)):
+            ys = torch.cat([y[part] for _, y in steps])
+            scores = self.score(x[part].repeat(len(steps), 1, 1), ys)
+            move = 0
+            for (weight, _), score in zip(steps, scores.chunk(len(steps))):
+                move = move + weight * score
+            out.append(x[part] + move)
         return torch.cat(out)
 
-    def score_batches(self, x, terms):
+    def score_batches(self, x, steps):
         """-> slices of the images x (B, T, D) whose activations fit: backward keeps all of them."""
         hidden = sum(len(block.transformer.layers) * block.transformer.pos.numel()
                      for block in self.blocks)                     # T x C x layers
-        size = max(1, SCORE_ELEMENTS // max(1, terms * hidden))
+        size = max(1, SCORE_ELEMENTS // max(1, steps * hidden))
         return [slice(i, i + size) for i in range(0, len(x), size)]
 
 

@@ -53,7 +53,7 @@ class SimFlow(nn.Module):
         mu, sigma = self.vae.encode(image)
         return self.noise.add(mu, sigma, noise), mu, sigma
 
-    def rate(self, nll, sigma):
+    def kl(self, nll, sigma):
         """nll (B,), sigma a number or (B, T, D) -> (B,) KL(q(x | image) || p(x)), nats per
         dimension, from one draw of x; bits per dimension times log 2 for dequantised pixels"""
         return nll - self.noise.entropy - log_sigma(sigma, nll)
@@ -78,7 +78,9 @@ class SimFlow(nn.Module):
         """
         x = self.flow.sample(noise, y, cfg, GUIDANCE[guidance or self.guidance], tol)
         null = torch.full_like(y, self.flow.null_class)
-        steps = [(gamma, y), (-gamma, null)] if gamma else []
+        steps = []
+        if gamma:
+            steps += [(gamma, y), (-gamma, null)]
         if self.denoise:
             steps.append((self.vae.sigma ** 2, y))
         if steps:
@@ -466,7 +468,7 @@ class Process:
         dist.all_reduce(number, dist.ReduceOp.MAX)
         return number.item()
 
-    def first(self, work, *args):
+    def on_rank_0(self, work, *args):
         """Result of work(*args) on process 0, or the UserError or OSError it raised, on all."""
         result = [None]
         if self.rank == 0:
@@ -480,7 +482,7 @@ class Process:
             raise result[0]
         return result[0]
 
-    def in_turn(self, work, *args):
+    def rank_0_first(self, work, *args):
         """Each process's own result of work(*args), first on process 0, which may download what
         the others then find; or the UserError that process 0 raised."""
         own = []
@@ -488,7 +490,7 @@ class Process:
         def keep():                                                # not to be sent to the others
             own.append(work(*args))
 
-        self.first(keep)
+        self.on_rank_0(keep)
         return own[0] if own else work(*args)
 
     def print(self, text):
@@ -557,7 +559,7 @@ def leave_processes():
     time.sleep(0.1)
 
 
-TRAIN, SAMPLE, RECON, PRIOR = range(4)                             # random streams, never to meet
+TRAIN, SAMPLE, RECON, DIFFUSION = range(4)                         # random streams, never to meet
 
 
 def mix_seed(*integers):
@@ -672,8 +674,8 @@ def sample_images(model, labels, seed, process, batch_size, cfg=0.0, gamma=0.0, 
         broken += sum(failed for _, failed in shares)
         yield np.concatenate([images for images, _ in shares if len(images)])
     if broken:
-        process.print(f'{broken} of {len(order)} images are not finite, and black: --cfg or --gamma '
-                    'is too large, or the checkpoint is broken')
+        process.print(f'{broken} of {len(order)} images are not finite, and black: --cfg or '
+                      '--gamma is too large, or the checkpoint is broken')
 
 
 def to_uint8(images):

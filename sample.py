@@ -159,13 +159,14 @@ def main(argv):
     check_sampling(config, options.gamma, options.guidance, tol)
     chosen = torch.tensor(choose_classes(options.classes, class_names))
     path = options.out or os.path.join(os.path.dirname(options.ckpt), 'grid.png')
-    process.first(check_out, path)
+    process.on_rank_0(check_out, path)
     note = note_on_guidance(config, class_names, options.cfg, options.gamma, options.guidance)
     if note:
         process.print(note)
     if tol and jacobi_is_slower(process.device, min(n, options.batch_size), options.cfg):
-        process.print(f'--decode jacobi: with more than {JACOBI_IMAGES} images at once, guided ones '
-                    'counted twice, token by token is faster on a CPU, and used where that is so')
+        process.print(f'--decode jacobi: with more than {JACOBI_IMAGES} images at once, guided '
+                      'ones counted twice, token by token is faster on a CPU, and used where that '
+                      'is so')
     # In ADM's layout the order says nothing: any part of it is a fair sample of all classes.
     order = np.arange(n)
     if path.endswith('.npz'):

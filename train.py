@@ -25,9 +25,9 @@ from tqdm import tqdm
 
 from data import UserError, batches, cli, open_data, parse_options
 from flow import Layer
-from model import (PRESETS, PRIOR, RECON, TRAIN, Aligned, Config, SimFlow, alignment,
-                   find_process, from_uint8, generator, grid, load_checkpoint, load_teacher, mix_seed,
-                   sample_images, to_uint8, with_weights_in)
+from model import (DIFFUSION, PRESETS, RECON, TRAIN, Aligned, Config, SimFlow, alignment,
+                   find_process, from_uint8, generator, grid, load_checkpoint, load_teacher,
+                   mix_seed, sample_images, to_uint8, with_weights_in)
 from vae import VAE, Discriminator, adaptive_weight, hinge, load_lpips
 
 try:
@@ -36,10 +36,11 @@ except ImportError:                                                # Windows has
     fcntl = None
 
 # What makes a codec: with another value of these, --init would have nothing to take.
-CODEC = 'codec latent_dim latent_norm vae_width vae_mults vae_patch'.split()
+CODEC_OPTIONS = 'codec latent_dim latent_norm vae_width vae_mults vae_patch'.split()
 # Resuming with another value of these would not be the same run.
-FIXED = CODEC + ('image_size sigma noise prior width heads layers freeze align repa repa_block '
-                 'repa_layer repa_width gan_width gan_layers batch_size seed').split()
+FIXED_OPTIONS = CODEC_OPTIONS + (
+    'image_size sigma noise prior width heads layers freeze align repa repa_block repa_layer '
+    'repa_width gan_width gan_layers batch_size seed').split()
 # Dense bf16 FLOP/s, for the column mfu of the log.
 PEAK = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12, 'L40S': 362e12, '4090': 165e12}
 # What of it training reaches, compiled, with LPIPS and GAN (which do not count): S and XXL at 256
@@ -63,17 +64,18 @@ def ema_decay(config, step):
     return min(config.ema, (1 + step) / (10 + step))
 
 
-def draw(config, classes, step, y, process):
+def draw_noise(config, classes, step, y, process):
     """The random numbers of a step -> noise (b, T, D), y (b,) with some classes dropped, for this
     process's b images. Diffusion models then draw from torch's global random numbers.
 
     Drawn for the global batch and sliced, they depend on (seed, step), not on how it is split.
     """
-    torch.manual_seed(mix_seed(PRIOR, config.seed, step, process.rank))
+    torch.manual_seed(mix_seed(DIFFUSION, config.seed, step, process.rank))
     g = generator(process.device, TRAIN, config.seed, step)
     B, b = config.batch_size, len(y)
     mine = slice(process.rank * b, (process.rank + 1) * b)
-    noise = torch.randn(B, config.tokens, config.latent_dim, generator=g, device=process.device)[mine]
+    shape = B, config.tokens, config.latent_dim
+    noise = torch.randn(shape, generator=g, device=process.device)[mine]
     drop = torch.rand(B, generator=g, device=process.device)[mine] < config.class_drop
     return noise, torch.where(drop, classes, y)
 
@@ -88,12 +90,12 @@ class Trainer:
         self.config, self.classes, self.process, self.step = config, classes, process, 0
         self.names = ['loss', 'l1', 'l2', 'nll', 'entropy', 'mu_std', 'grad_norm', 'replaced']
         if config.align:
-            teacher = teacher or process.in_turn(
+            teacher = teacher or process.rank_0_first(
                 load_teacher, config.repa, math.isqrt(config.tokens))
             self.teacher = teacher.to(process.device)
             self.names.append('align')
         torch.manual_seed(config.seed)                             # one start on every process
-        with process.device:                                         # XXL takes long on a CPU
+        with process.device:                                       # XXL takes long on a CPU
             if config.align:
                 self.model = Aligned(config, classes, self.teacher.width)
             else:
@@ -106,7 +108,7 @@ class Trainer:
         self.ddp = process.distribute(self.model)
         self.ddps = [self.ddp]
         if config.lpips:
-            lpips = lpips or process.in_turn(
+            lpips = lpips or process.rank_0_first(
                 load_lpips, config.lpips_vgg, config.lpips_heads)
             self.lpips = lpips.to(process.device, memory_format=torch.channels_last)
             self.names.append('lpips')
@@ -150,7 +152,8 @@ class Trainer:
         stand-ins for unreadable ones, and classes (b,)."""
         c, process = self.config, self.process
         image = image.to(process.device, non_blocking=True, memory_format=torch.channels_last)
-        noise, y = draw(c, self.classes, self.step, y.to(process.device, non_blocking=True), process)
+        y = y.to(process.device, non_blocking=True)
+        noise, y = draw_noise(c, self.classes, self.step, y, process)
         adversarial = bool(c.gan) and self.step >= c.gan_start
         if self.can_replay() and (not self.graph or self.graph.adversarial != adversarial):
             self.capture(image, y, noise, adversarial)
@@ -250,7 +253,7 @@ class Trainer:
             last = self.model.vae.conv_out.weight
             weight *= adaptive_weight(*(torch.autograd.grad(recon, last, g, retain_graph=True)[0]
                                         for g in (grad_rec, grad_gan)))
-        with self.process.autocast():                                # one forward: DDP allows no two
+        with self.process.autocast():                              # one forward: DDP allows no two
             logits = self.disc_ddp(torch.cat([image, pixels.detach()])).float()
         real, fake = logits.chunk(2)
         terms['d_loss'] = hinge(real, fake)
@@ -266,16 +269,16 @@ class Trainer:
         if adversarial:
             terms['d_grad_norm'] = nn.utils.clip_grad_norm_(self.disc.parameters(), c.clip)
         values = torch.stack([terms.get(name, self.totals[0] * 0) for name in self.names]).float()
-        self.process.mean(values)                                    # bad for one is bad for all
+        self.process.mean(values)                                  # bad for one is bad for all
         broken = ~torch.isfinite(values)
         skip = broken.any()
-        first = skip & (self.skipped == 0)
-        self.broken = torch.where(first, broken, self.broken)
-        self.broken_step = torch.where(first, self.step, self.broken_step)
+        is_first = skip & (self.skipped == 0)
+        self.broken = torch.where(is_first, broken, self.broken)
+        self.broken_step = torch.where(is_first, self.step, self.broken_step)
         self.opt.param_groups[0]['lr'] = lr
         for opt in self.optimizers(adversarial):
             opt.found_inf = skip.float()                           # fused kernels skip if it is 1,
-            if self.process.device.type != 'mps' or not skip:        # but a Mac's does not look
+            if self.process.device.type != 'mps' or not skip:      # but a Mac's does not look
                 opt.step()
         # Weights that did not move need no gate: the average may come closer to them.
         ema, now = list(self.ema.parameters()), list(self.model.parameters())
@@ -312,7 +315,8 @@ class Trainer:
         """Take the averaged weights of a checkpoint's codec and, if it has one of the same kind and
         shape, prior -> a sentence that says what was taken. UserError if the codec is another."""
         was, taken = state['config'], []
-        differs = [f'--{k} {show(was[k])}' for k in CODEC if was[k] != getattr(self.config, k)]
+        differs = [f'--{k} {show(was[k])}' for k in CODEC_OPTIONS
+                   if was[k] != getattr(self.config, k)]
         if differs:
             raise UserError(f'--init {self.config.init} was trained with {", ".join(differs)}; use '
                             'that, too, or another checkpoint')
@@ -412,7 +416,7 @@ def resume(trainer, data):
     path = os.path.join(trainer.config.out, 'ckpt.pt')
     saved = load_checkpoint(path, mmap=True) if os.path.exists(path) else None
     step = saved['step'] if saved else 0
-    if trainer.process.max(step) != -trainer.process.max(-step):       # all notice, so none hangs
+    if trainer.process.max(step) != -trainer.process.max(-step):   # all notice, so none hangs
         raise UserError(f'{path} is not there on some machine, or older than on another; --out '
                         'must be one folder that all of them see')
     if not saved:
@@ -422,7 +426,7 @@ def resume(trainer, data):
     was, now = saved['config'], dataclasses.asdict(trainer.config)
     for options in (was, now):                                     # a teacher's file may move
         options['repa'] = os.path.basename(options['repa'])
-    fixed = [k for k in FIXED if now['align'] or not k.startswith('repa')]
+    fixed = [k for k in FIXED_OPTIONS if now['align'] or not k.startswith('repa')]
     differs = [f'--{k} {show(was[k])} (now {show(now[k])})' for k in fixed if was[k] != now[k]]
     if differs:
         raise UserError(refuse % ', '.join(differs))
@@ -499,7 +503,8 @@ def save_pictures(trainer, data):
                         generator=generator('cpu', RECON, config.seed))
     # 16 images are another size than a step's, and not worth compiling for.
     with torch.no_grad(), process.autocast(), torch.compiler.set_stance('force_eager'):
-        x, *_ = trainer.model.latents(from_uint8(pixels.to(process.device)), noise.to(process.device))
+        image = from_uint8(pixels.to(process.device))
+        x, *_ = trainer.model.latents(image, noise.to(process.device))
         recon = to_uint8(trainer.model.vae.decode(x))
     pair = np.concatenate([pixels.permute(0, 2, 3, 1).numpy(), recon])
     grid(pair, 16).save(os.path.join(config.out, f'recon_{step:07d}.png'))
@@ -634,7 +639,7 @@ def train(config, data, process):
     steps = total_steps(config, len(data))
     last = min(steps, config.stop_at or steps)
     path = os.path.join(config.out, 'log.csv')
-    log = process.in_turn(open_log, path, process.rank)
+    log = process.rank_0_first(open_log, path, process.rank)
     trainer = Trainer(config, len(data.class_names), process)
     if config.init and not os.path.exists(os.path.join(config.out, 'ckpt.pt')):
         process.print(trainer.start_from(load_checkpoint(config.init, '--init')))
@@ -688,7 +693,7 @@ def main(argv):
     process = find_process(config.device, config.dtype, config.compile)
     if process.compile:
         process.compile = can_compile(process, asked=config.compile)
-    data = process.in_turn(open_data, config.data)
+    data = process.rank_0_first(open_data, config.data)
     for note in data.notes:
         process.print(note)
     process.print(f'{len(data):,} images, {len(data.class_names)} classes; '

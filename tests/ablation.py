@@ -105,7 +105,7 @@ def measure(path, held_out, n=500):
     clean = model.noise.add(mu, sigma, torch.zeros_like(noise))
     row = {'std': mu.std(0).mean().item(), 'nll': nll.mean().item(), 'rate': np.nan}
     if config.prior != 'sit':                                      # whose nll is none
-        row['rate'] = model.rate(nll, sigma).mean().item() / np.log(2)
+        row['rate'] = model.kl(nll, sigma).mean().item() / np.log(2)
     for name, latents in ('PSNR', x), ('PSNR mu', clean):
         recon = np.concatenate([to_uint8(model.vae.decode(part)) for part in latents.split(50)])
         recon = zero_to_one(recon)

@@ -435,7 +435,7 @@ def section_sample_sizes(machine, args):
                     row['flow, launched, s'] = machine.time(lambda: model.flow.sample(z, y, 2.0)) if batch < 256 else 0.0
                 row['peak, GB'] = torch.cuda.max_memory_reserved() / 1e9
             rows.append(row)
-        del model
+        model = None                                               # its memory is needed
     return show('Sampling, cfg 2 in the deep block, gamma 0.25', rows)
 
 

@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import math
 import os
-import sys
 from unittest import mock
 import warnings
 import weakref

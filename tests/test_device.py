@@ -109,7 +109,7 @@ def test_nothing_on_a_device_is_float64(more):
         trainer.row()
         trainer.ema.generate(y, noise, cfg=1.0, gamma=0.0 if config.prior == 'sit' else 0.5)
         recon, nll, *_ = trainer.model(image, y, noise)
-        trainer.model.rate(nll, 0.5)
+        trainer.model.kl(nll, 0.5)
         evaluate.distortion(image, recon.detach(), 0.1)
         evaluate.share_on_manifold(torch.randn(9, 4), torch.randn(9, 4))
 

@@ -59,7 +59,7 @@ def test_rate_is_a_divergence(noise, entropy):
     """nll, with its constant, less the entropy of the noise."""
     model = SimFlow(config('nano', noise=noise, sigma=0.3), 3)
     nll = torch.tensor([0.2, -1.0])
-    torch.testing.assert_close(model.rate(nll, 0.3), nll + 0.5 * math.log(2 * math.pi) - entropy)
+    torch.testing.assert_close(model.kl(nll, 0.3), nll + 0.5 * math.log(2 * math.pi) - entropy)
 
 
 @pytest.mark.parametrize('floor', [0.0, 0.5])
@@ -69,7 +69,7 @@ def test_rate_of_the_standard_vae_is_its_kl(floor):
     with torch.no_grad():
         model.vae.encoder[-1].bias.normal_(generator=torch.Generator().manual_seed(0))
         x, mu, sigma = model.latents(torch.randn(2, 3, 16, 16).repeat(2000, 1, 1, 1), torch.randn(4000, 16, 4))
-        rate = model.rate(model.flow.nll(x, torch.zeros(4000).long()), sigma).view(2000, 2).mean(0)
+        rate = model.kl(model.flow.nll(x, torch.zeros(4000).long()), sigma).view(2000, 2).mean(0)
     kl = torch.distributions.kl_divergence(torch.distributions.Normal(mu, sigma), torch.distributions.Normal(0, 1))
     torch.testing.assert_close(rate, kl[:2].mean((1, 2)), rtol=0.02, atol=0.01)
     assert sigma.shape == mu.shape and sigma.min() >= floor and sigma.std() > 0.1
@@ -160,7 +160,7 @@ def test_denoising_is_tweedies():
 
 def test_denoising_knows_the_class(monkeypatch):
     model, asked = SimFlow(config('tarflow'), 3), []
-    monkeypatch.setattr(model.flow, 'score_step', lambda x, terms: asked.extend(terms) or x)
+    monkeypatch.setattr(model.flow, 'score_step', lambda x, steps: asked.extend(steps) or x)
     model.generate(torch.tensor([1, 2]), torch.randn(2, 16, 48))
     (weight, y), = asked
     assert weight == 0.05 ** 2 and y.tolist() == [1, 2]
@@ -260,7 +260,7 @@ def test_bits_a_dimension_of_a_new_flow_are_a_gaussians():
     model, y = SimFlow(config('tarflow_bits'), 3), torch.zeros(4).long()
     levels = torch.randint(256, (4, 1, 16, 16)).expand(-1, 3, -1, -1)
     x, mu, sigma = model.latents(levels / 127.5 - 1, torch.randn(4, 16, 16))
-    bits = model.rate(model.flow.nll(x, y), sigma) / math.log(2)
+    bits = model.kl(model.flow.nll(x, y), sigma) / math.log(2)
     log_p = torch.distributions.Normal(0, 1).log_prob(x).mean((1, 2))
     torch.testing.assert_close(bits, -log_p / math.log(2) + math.log2(127.5))
     back = ((model.vae.decode(x) + 1) * 127.5).round().long()                # no two levels meet

@@ -283,10 +283,10 @@ def test_signals_save_and_end(tmp_path, number, code):
 
 def spoil(monkeypatch, bad):
     """Let the noise of each step that `bad` says be NaN."""
-    def spoiled(config, classes, step, y, process, draw=train.draw):
+    def spoiled(config, classes, step, y, process, draw=train.draw_noise):
         noise, y = draw(config, classes, step, y, process)
         return noise * (float('nan') if bad(step) else 1), y
-    monkeypatch.setattr(train, 'draw', spoiled)
+    monkeypatch.setattr(train, 'draw_noise', spoiled)
 
 
 def test_a_run_ends_when_a_whole_interval_was_skipped(tmp_path, monkeypatch, capsys):

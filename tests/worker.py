@@ -40,12 +40,12 @@ def gradients(options, process=None):
 def skip(options, process):
     """Four steps of two runs: in one, the noise is infinite at step 2 in the last process only; the other has no step 2.
     -> what the trainer has after each"""
-    draw, states = train.draw, []
+    draw, states = train.draw_noise, []
 
     def bad_draw(config, classes, step, labels, process):
         noise, labels = draw(config, classes, step, labels, process)
         return noise * (float('inf') if step == 2 and process.rank == process.world - 1 else 1), labels
-    train.draw = bad_draw
+    train.draw_noise = bad_draw
     for leave_out in (False, True):
         trainer, image, y = make(options, process)
         for step in range(4):
@@ -56,7 +56,7 @@ def skip(options, process):
             else:
                 trainer.train_step(image, y, lr=1e-3)
         states.append(trainer.state())
-    train.draw = draw
+    train.draw_noise = draw
     return states
 
 
