@@ -114,7 +114,7 @@ def learned_entropy(sigma, like):
 class Config:
     """Everything that makes a run. Fields are train.py's options; a preset changes defaults."""
     model: str = option('nano', 'preset: a row of PRESETS')
-    data: str = option('imagenet/train', 'shapes, cifar10, fashion_mnist, or a folder or zip')
+    data: str = option('imagenet/train', 'shapes, cifar10, fashion_mnist, or a folder, zip or npz')
     out: str = option('out', 'output directory; an unfinished run found there is resumed')
     image_size: int = option(256, 'pixels per side')
     flip: bool | None = option(None, 'random mirror images; default: where the data allows')
@@ -265,7 +265,7 @@ SHARES = 'class_drop constant ema beta2'.split()
 # A row is what differs from Config's defaults, which are XXL's (SimFlow Tables 8 and 9).
 # nano is for a CPU. Patches of 4 pixels make its VAE small, and 64 tokens of 16 channels are easier
 # to learn for it than 16 of 64. Without a perceptual loss the pixel error needs the larger weight.
-# Without an adversarial one it is blurrier, but at this size that made it worse: see the README.
+# Without an adversarial one it is blurrier, but at this size that made it worse: see RESULTS.md.
 NANO = dict(data='shapes', image_size=32, latent_dim=16, vae_width=64, vae_mults=(1,), vae_patch=4,
             width=128, heads=2, layers=(2, 2, 4), l1=0.0, l2=100.0, lpips=0.0, gan=0.0,
             gan_width=32, gan_layers=2, batch_size=32, steps=2500, lr=1e-3, lr_end=2e-5,

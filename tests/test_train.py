@@ -1,4 +1,5 @@
 """Training as its users meet it: bit-exact resume, one process equals two, interruptions, numbers that are none."""
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -414,3 +415,53 @@ def test_mistakes_end_in_one_sentence(argv, word, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert e.value.code == 2 and word in err
     assert err.startswith('error: ') and err.count('\n') == 1 and not out
+
+
+def steps(count):
+    """-> weights after some steps of a small model with a GAN from step 4 on, and its log row"""
+    config = parse_options(Config, ['--gan', '0.1', '--gan_start', '4', '--layers', '1,1', '--batch_size', '4'], '', PRESETS)
+    trainer = train.Trainer(config, 10, Process(torch.device('cpu'), torch.float32, False))
+    g = torch.Generator().manual_seed(0)
+    for _ in range(count):
+        image = torch.randint(256, (4, 3, 32, 32), generator=g, dtype=torch.uint8)
+        trainer.train_step(image, torch.randint(10, (4,), generator=g), 1e-3)
+    return trainer.model.state_dict(), trainer.row()
+
+
+def test_a_replayed_step_is_a_step(monkeypatch):
+    """As a CUDA graph does, replay reads its own copies of the inputs and writes terms where they were, without Python's
+    help: the rest of the step must not keep or change what lies there. The GAN's start needs another graph."""
+    plain = steps(8)
+    captured = []
+
+    class Graph:
+        def __init__(self):
+            captured.append(self)
+
+    init = train.StepGraph.__init__
+
+    def init_and_rerun(self, gradients, image, y, noise, adversarial):
+        def replay():
+            for name, value in gradients(*self.inputs, adversarial).items():
+                self.terms[name].copy_(value)
+        init(self, gradients, image, y, noise, adversarial)
+        for own in self.inputs:                                    # whoever asks before a copy gets nonsense
+            own.zero_()
+        self.graph.replay = replay
+
+    monkeypatch.setattr(train.StepGraph, '__init__', init_and_rerun)
+    monkeypatch.setattr(torch.cuda, 'CUDAGraph', Graph)
+    monkeypatch.setattr(torch.cuda, 'graph', lambda *args, **kwargs: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, 'current_stream', lambda: None)
+    monkeypatch.setattr(train.Trainer, 'can_replay', lambda self: self.warm_steps >= 2)
+    replayed = steps(8)
+    assert len(captured) == 2
+    assert all(torch.equal(a, replayed[0][name]) for name, a in plain[0].items()) and plain[1] == replayed[1]
+
+
+def test_a_step_that_cannot_be_captured_is_launched(monkeypatch, capsys):
+    plain = steps(3)
+    monkeypatch.setattr(train.Trainer, 'can_replay', lambda self: self.warm_steps >= 1)
+    launched = steps(3)                                            # there is no CUDA here
+    assert 'no CUDA graph' in capsys.readouterr().out
+    assert all(torch.equal(a, launched[0][name]) for name, a in plain[0].items())
