@@ -122,7 +122,7 @@ class Trainer:
             self.names += ['gan', 'd_weight', 'd_loss', 'logits_real', 'logits_fake', 'd_grad_norm']
         if process.compile:
             self.compile()
-        self.graph, self.warm_steps = None, 0
+        self.adversarial, self.graph, self.warm_steps = False, None, 0
         self.reset()
 
     def reset(self):
@@ -154,20 +154,22 @@ class Trainer:
         image = image.to(process.device, non_blocking=True, memory_format=torch.channels_last)
         y = y.to(process.device, non_blocking=True)
         noise, y = draw_noise(c, self.classes, self.step, y, process)
-        adversarial = bool(c.gan) and self.step >= c.gan_start
-        if self.can_replay() and (not self.graph or self.graph.adversarial != adversarial):
-            self.capture(image, y, noise, adversarial)
+        if self.adversarial != (c.gan > 0 and self.step >= c.gan_start):
+            self.adversarial = not self.adversarial
+            self.graph, self.warm_steps = None, 0                  # steps are other ones now
+        if self.can_replay() and not self.graph:
+            self.capture(image, y, noise)
         if self.graph:
             terms = self.graph.replay(image, y, noise)
         else:
-            terms = self.gradients(image, y, noise, adversarial)
+            terms = self.gradients(image, y, noise)
         # Its mean over the processes is then the sum.
         terms['replaced'] = torch.full_like(terms['loss'], replaced * process.world)
-        self.update(terms, adversarial, lr)
+        self.update(terms, lr)
 
-    def gradients(self, image, y, noise, adversarial):
+    def gradients(self, image, y, noise):
         """Gradients of a step, image (b, 3, H, W) uint8, y (b,), noise (b, T, D) -> terms."""
-        for opt in self.optimizers(adversarial):
+        for opt in self.optimizers():
             opt.zero_grad(set_to_none=True)
         micro = len(y) // self.config.grad_accum
         values = []
@@ -175,11 +177,11 @@ class Trainer:
             part = slice(i, i + micro)
             for ddp in self.ddps:                                  # gradients travel with the last
                 ddp.require_backward_grad_sync = i + micro == len(y)
-            values.append(self.backward(from_uint8(image[part]), y[part], noise[part], adversarial))
+            values.append(self.backward(from_uint8(image[part]), y[part], noise[part]))
         return {name: torch.stack([v[name] for v in values]).mean() for name in values[0]}
 
-    def optimizers(self, adversarial):
-        return [self.opt, self.disc_opt] if adversarial else [self.opt]
+    def optimizers(self):
+        return [self.opt, self.disc_opt] if self.adversarial else [self.opt]
 
     def can_replay(self):
         """Can a step be one CUDA graph? Not before its parts are compiled, not in several
@@ -188,17 +190,16 @@ class Trainer:
         return (process.compile and process.device.type == 'cuda' and process.world == 1
                 and c.prior == 'flow' and self.warm_steps >= 2)
 
-    def capture(self, image, y, noise, adversarial):
+    def capture(self, image, y, noise):
         """Make `graph`, if that is possible."""
-        self.graph = None                                          # and its memory is free again
         try:
-            self.graph = StepGraph(self.gradients, image, y, noise, adversarial)
+            self.graph = StepGraph(self.gradients, image, y, noise)
         except RuntimeError as e:
             self.warm_steps = -math.inf                            # do not try again
             self.process.print('no CUDA graph, so operations are launched one by one: '
-                             f'{str(e).splitlines()[0]}')
+                               f'{str(e).splitlines()[0]}')
 
-    def backward(self, image, y, noise, adversarial):
+    def backward(self, image, y, noise):
         """Gradients of one micro-batch, image (b, 3, H, W) in [-1, 1], y (b,), noise (b, T, D), and
         its terms by name.
 
@@ -219,12 +220,12 @@ class Trainer:
                 terms['align'] = alignment(*projected, self.teacher(image))
         terms['nll'], terms['entropy'] = nll.mean(), entropy.mean()
         terms['mu_std'] = mu.detach().std(0).mean() if len(mu) > 1 else mu.new_zeros(())
-        prior = c.rate * (terms['nll'] - terms['entropy'])
+        flow_loss = c.rate * (terms['nll'] - terms['entropy'])
         if c.align:
-            prior = prior + c.repa_weight * terms['align']
-        terms['loss'] = rec + prior
+            flow_loss = flow_loss + c.repa_weight * terms['align']
+        terms['loss'] = rec + flow_loss
         grad, = torch.autograd.grad(rec, pixels)                   # (B, 3, H, W)
-        if adversarial:
+        if self.adversarial:
             weight, grad_gan = self.adversary(image, recon, pixels, grad, terms)
             grad = grad + weight * grad_gan
             terms['loss'] = terms['loss'] + weight * terms['gan']
@@ -232,8 +233,8 @@ class Trainer:
         if recon.requires_grad:                                    # not with --freeze vae
             roots.append(recon)
             grads.append(grad / c.grad_accum)
-        if prior.requires_grad:                                    # not without a flow
-            roots.append(prior / c.grad_accum)
+        if flow_loss.requires_grad:                                # not without a flow
+            roots.append(flow_loss / c.grad_accum)
             grads.append(None)
         torch.autograd.backward(roots, grads)
         return {name: value.detach() for name, value in terms.items()}
@@ -251,8 +252,9 @@ class Trainer:
         weight = torch.full_like(terms['gan'], c.gan)
         if c.gan_adaptive:
             last = self.model.vae.conv_out.weight
-            weight *= adaptive_weight(*(torch.autograd.grad(recon, last, g, retain_graph=True)[0]
-                                        for g in (grad_rec, grad_gan)))
+            rec_at_last, = torch.autograd.grad(recon, last, grad_rec, retain_graph=True)
+            gan_at_last, = torch.autograd.grad(recon, last, grad_gan, retain_graph=True)
+            weight *= adaptive_weight(rec_at_last, gan_at_last)
         with self.process.autocast():                              # one forward: DDP allows no two
             logits = self.disc_ddp(torch.cat([image, pixels.detach()])).float()
         real, fake = logits.chunk(2)
@@ -261,14 +263,15 @@ class Trainer:
         terms |= {'d_weight': weight, 'logits_real': real.mean(), 'logits_fake': fake.mean()}
         return weight, grad_gan
 
-    def update(self, terms, adversarial, lr):
+    def update(self, terms, lr):
         """Clip, step, average. If a term is not finite on some process, all of them skip the step:
         weights and optimizers stay as they are. The host never waits for a GPU."""
         c = self.config
         terms['grad_norm'] = nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
-        if adversarial:
+        if self.adversarial:
             terms['d_grad_norm'] = nn.utils.clip_grad_norm_(self.disc.parameters(), c.clip)
-        values = torch.stack([terms.get(name, self.totals[0] * 0) for name in self.names]).float()
+        zero = torch.zeros_like(terms['loss'])                     # of what is not on yet
+        values = torch.stack([terms.get(name, zero) for name in self.names]).float()
         self.process.mean(values)                                  # bad for one is bad for all
         broken = ~torch.isfinite(values)
         skip = broken.any()
@@ -276,7 +279,7 @@ class Trainer:
         self.broken = torch.where(is_first, broken, self.broken)
         self.broken_step = torch.where(is_first, self.step, self.broken_step)
         self.opt.param_groups[0]['lr'] = lr
-        for opt in self.optimizers(adversarial):
+        for opt in self.optimizers():
             opt.found_inf = skip.float()                           # fused kernels skip if it is 1,
             if self.process.device.type != 'mps' or not skip:      # but a Mac's does not look
                 opt.step()
@@ -364,14 +367,14 @@ class StepGraph:
     """A step's gradients as one CUDA graph, since a small model's operations take longer to launch,
     one by one, than to compute. Gradients and terms stay where the graph puts them."""
 
-    def __init__(self, gradients, image, y, noise, adversarial):
-        self.adversarial, self.inputs = adversarial, [image.clone(), y.clone(), noise.clone()]
+    def __init__(self, gradients, image, y, noise):
+        self.inputs = image.clone(), y.clone(), noise.clone()
         self.graph = torch.cuda.CUDAGraph()
         # On the stream of the steps before, as gradients remember it. Threads that load data go on
         # meanwhile.
         with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream(),
                               capture_error_mode='thread_local'):
-            self.terms = gradients(*self.inputs, adversarial)
+            self.terms = gradients(*self.inputs)
 
     def replay(self, image, y, noise):
         for own, new in zip(self.inputs, (image, y, noise)):

@@ -346,7 +346,7 @@ def section_step(machine, args):
     def update():
         for p in trainer.model.parameters():
             p.grad = torch.zeros_like(p)
-        trainer.update({'loss': torch.zeros((), device=machine.device)}, False, 1e-9)
+        trainer.update({'loss': torch.zeros((), device=machine.device)}, 1e-9)
 
     t = machine.times({'step': lambda: trainer.train_step(image, y, 1e-4),
                        'VAE': vae_step(trainer.model.vae, as_float, noise),

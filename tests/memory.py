@@ -71,7 +71,8 @@ def step_memory(trainer, memory, batch, world=1):
     memory.trained = [p for p in parameters if p.requires_grad]
     for p in memory.trained:
         p.grad = torch.zeros_like(p)
-    for opt in trainer.optimizers(adversarial=bool(c.gan)):
+    trainer.adversarial = c.gan > 0
+    for opt in trainer.optimizers():
         opt.step()                                                 # the first one makes the state
         opt.zero_grad(set_to_none=world == 1)
         if world > 1:                                              # DDP's buckets stay

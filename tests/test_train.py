@@ -381,7 +381,7 @@ def test_predicted_memory_is_that_of_a_real_step(extra):
     trainer = train.Trainer(config, 10, Process(torch.device('cpu'), torch.float32, False), LPIPS())
     batch = torch.zeros(32, 3, 32, 32, dtype=torch.uint8), torch.zeros(32, dtype=torch.long)
     trainer.train_step(*batch, lr=0.0)                             # makes Adam's state
-    for opt in trainer.optimizers(adversarial=bool(config.gan)):
+    for opt in trainer.optimizers():
         opt.zero_grad()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         trainer.train_step(*batch, lr=0.0)
@@ -440,11 +440,11 @@ def test_a_replayed_step_is_a_step(monkeypatch):
 
     init = train.StepGraph.__init__
 
-    def init_and_rerun(self, gradients, image, y, noise, adversarial):
+    def init_and_rerun(self, gradients, image, y, noise):
         def replay():
-            for name, value in gradients(*self.inputs, adversarial).items():
+            for name, value in gradients(*self.inputs).items():
                 self.terms[name].copy_(value)
-        init(self, gradients, image, y, noise, adversarial)
+        init(self, gradients, image, y, noise)
         for own in self.inputs:                                    # whoever asks before a copy gets nonsense
             own.zero_()
         self.graph.replay = replay

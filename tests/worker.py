@@ -31,7 +31,7 @@ def make(options, process):
 def gradients(options, process=None):
     """-> those of one step by name, before clipping"""
     trainer, image, y = make(options, process or find_process('cpu'))
-    trainer.update = lambda terms, adversarial, lr: None
+    trainer.update = lambda terms, lr: None
     trainer.train_step(image, y, lr=1e-3)
     parts = {'model': trainer.model, 'disc': getattr(trainer, 'disc', torch.nn.Module())}
     return {f'{part}.{name}': p.grad for part in parts for name, p in parts[part].named_parameters()}
