@@ -2,7 +2,8 @@
 in one run, of calls that take turns. Seconds are the shortest of all turns, since other processes only ever add to
 them; with one thread on a CPU they are seconds of this process, which others disturb less.
 
-    python tests/bench.py                                              all sections, many minutes
+    python tests/bench.py                                              on a CPU: all sections, many minutes
+    python tests/bench.py --device cuda --sizes S XXL                  whole presets: training, sampling; about five minutes
     python tests/bench.py --quick 1                                    under a minute: does it work, at small sizes
     python tests/bench.py --sections jacobi --ckpt out/ckpt.pt         what parallel decoding does for your model
 
@@ -469,20 +470,24 @@ def section_scale(machine, args):
     return show('Exponents: time grows as that power, others as in ' + str(base), rows)
 
 
+ON_A_GPU = ['machine', 'train_sizes', 'sample_sizes', 'jacobi']        # in about five minutes
 SECTIONS = {name[8:]: section for name, section in list(globals().items()) if name.startswith('section_')}
 
 
 def main(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--quick', type=int, default=0)
-    parser.add_argument('--sections', nargs='+', choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument('--sections', nargs='+', choices=SECTIONS, help='default: all; on a GPU ' + ', '.join(ON_A_GPU))
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--threads', type=int, default=torch.get_num_threads())
     parser.add_argument('--tol', type=float, default=Options.tol, help='of parallel decoding')
-    parser.add_argument('--sizes', nargs='+', choices=SIZES, default=['nano'], help='for train_sizes, sample_sizes')
+    parser.add_argument('--sizes', nargs='+', choices=SIZES, help='for train_sizes, sample_sizes; default: nano, or S and XXL')
     parser.add_argument('--peak', type=float, default=989e12, help="FLOP/s that are MFU 1; default: an H100's")
     parser.add_argument('--ckpt', nargs='+', default=[], help='trained models for the section jacobi')
     args = parser.parse_args(argv)
+    cuda = args.device.startswith('cuda')
+    args.sections = args.sections or (ON_A_GPU if cuda else SECTIONS)
+    args.sizes = args.sizes or (['S', 'XXL'] if cuda else ['nano'])
     machine = Machine(args.device, args.threads, bool(args.quick))
     print(', '.join(f'{name}: {fact}' for name, fact in machine.facts.items()))
     results = {}

@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT
 from data import batches, open_data, parse_options
 from memory import predict_memory
-from model import PRESETS, Config, Process, find_process, load_model, sample_images
+from model import PRESETS, Config, Process, find_process, load_model, sample_images, with_weights_in
 from test_train import python, torchrun
 import train
 from vae import LPIPS
@@ -81,7 +81,8 @@ def draw(checkpoint, device, dtype):
     model, _, class_names = load_model(checkpoint)
     process = find_process(device, dtype)
     labels = torch.arange(20) % len(class_names)
-    return np.concatenate(list(sample_images(model.to(process.device), labels, 0, process, 20, 2.0, 0.25))).astype(int)
+    model = with_weights_in(process.dtype, model.to(process.device))
+    return np.concatenate(list(sample_images(model, labels, 0, process, 20, 2.0, 0.25))).astype(int)
 
 
 def test_images_are_a_cpus(runs, tell):
