@@ -297,7 +297,7 @@ class Arrays(Data):
 
 
 def open_npz(path):
-    """-> Data of arr_0 (N, H, W, 3) uint8 and, if there, labels arr_1 (N,), as ADM and sample.py
+    """-> Data of arr_0, (N, H, W, 3) or (N, H, W) uint8, and, if there, labels arr_1 (N,), as ADM and sample.py
     write them. The images stay on disk unless they are compressed: they may not fit in memory."""
     try:
         with zipfile.ZipFile(path) as z, np.load(path) as arrays, open(path, 'rb') as f:
@@ -312,9 +312,10 @@ def open_npz(path):
             numbers = arrays['arr_1'] if 'arr_1' in arrays else None
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as e:
         raise UserError(f'{path} cannot be read, or is damaged: {e}')
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not images.size:
+    grey, colour = images.ndim == 3, images.ndim == 4 and images.shape[3] == 3
+    if images.dtype != np.uint8 or not (grey or colour) or not images.size:
         raise UserError(f'arr_0 of {path} is {images.dtype} {images.shape}; it must be uint8 '
-                        '(N, H, W, 3)')
+                        '(N, H, W, 3), or (N, H, W) if grey')
     data = Arrays([], np.zeros(len(images)), images)
     if numbers is None:
         return data
@@ -402,8 +403,8 @@ class BatchDataset(Dataset):
         """-> index and pixels (H, W, 3) of one image of a batch. The name of an unreadable one goes
         to `broken`, and a random one takes its place."""
         n = len(self.data)
-        epoch, process = divmod(step * self.batch_size + slot, n)
-        i = permutation(self.seed, epoch, n)[process]
+        epoch, position = divmod(step * self.batch_size + slot, n)
+        i = permutation(self.seed, epoch, n)[position]
         for attempt in range(100):
             try:
                 return i, crop(self.data.load(i), self.image_size)

@@ -882,7 +882,7 @@ def reconstruct(options, process, trained):
         raise UserError(f'{source.path} holds statistics, but no images to reconstruct')
     ref = source_statistics(source, options, features, process)
     lpips, n = None, len(source.index)
-    if options.features != 'random':                               # which does without weights
+    if not features.prefix:                                        # others do without downloads
         lpips = load_lpips(options.lpips_vgg, options.lpips_heads, '--features random')
         lpips.to(process.device)
     means, statistics = {}, {}
@@ -1129,17 +1129,18 @@ def report(rows, options, seconds):
     """Print the table, what its numbers mean, and a line of JSON (null: can't be computed, or
     infinite)."""
     print(table(rows))
-    names = {name for row in rows for name in row}
-    words = ' '.join(names).replace('rFID', 'FID').split()
-    used = {name: text for name, text in CONVENTIONS.items() if name in words}
-    if 'FID' in names or 'rFID' in names:
+    names = {name.replace('rFID', 'FID') for row in rows for name in row}
+    used = {name: text for name, text in CONVENTIONS.items()
+            if name in names or f'random {name}' in names}
+    words = ' '.join(names).split()
+    if 'FID' in names:
         used['weights'] = INCEPTION_DIGEST
     elif 'FID' in words:
         used['weights'] = f'{options.features.upper()}: these numbers are NOT FID'
     for name, text in used.items():
         print(f'  {name}: {text}')
     counts = [row[name] for row in rows for name in ('n', 'ref n') if row.get(name)]
-    if 'FID' in words and min(counts, default=2049) < 2049:
+    if 'FID' in used and min(counts, default=2049) < 2049:
         print(f'  WARNING: {min(counts)} images are fewer than 2,049: singular covariance, FID far '
               'too large')
     for row in rows:

@@ -102,7 +102,10 @@ class Transformer(nn.Module):
     def condition(self, y, time=0.0):
         """Class indices y (B,), or weights (B, classes) of all but "no class"; time (B, C) of
         diffusion -> what each layer and then the head want to know of them: lists of (B, 1, C)"""
-        embedding = self.classes(y) if y.dim() == 1 else y @ self.classes.weight[:-1]
+        if y.dim() == 1:
+            embedding = self.classes(y)                            # (B, C)
+        else:
+            embedding = y @ self.classes.weight[:-1]
         cond = F.silu(embedding + time).to(self.ada.weight.dtype)  # (B, C)
         modulations = []
         for layer in self.layers:
@@ -115,8 +118,12 @@ class Transformer(nn.Module):
 
     def forward(self, x, modulations, caches=None, window=None):
         """x (B, n, dim) -> (B, n, out_dim) float32. All tokens, or with a window those in it."""
-        pos = self.pos[:x.shape[1]] if window is None else self.pos.index_select(0, window.at)
-        h = self.proj_in(x.to(self.proj_in.weight.dtype)).float() + pos     # (B, n, C)
+        if window is None:
+            pos = self.pos[:x.shape[1]]                            # (n, C)
+        else:
+            pos = self.pos.index_select(0, window.at)
+        h = self.proj_in(x.to(self.proj_in.weight.dtype))
+        h = h.float() + pos                                        # (B, n, C)
         for i, layer in enumerate(self.layers):
             if window is not None:
                 h = layer(h, modulations[i], caches[i], window)
@@ -239,7 +246,8 @@ def shift(out):
 
 class Flow(nn.Module):
     """Blocks in the direction image -> noise, reading forwards and backwards in turn. The last one
-    is the deep one in SimFlow's sizes: sampling runs it first, and it alone is guided.
+    is deep in L, XL and XXL, while in S and B all are alike. Sampling runs it first, and
+    SimFlow's guidance touches it alone.
 
     layers: transformer layers of each block; with none at all the flow is the Gaussian N(0, I).
     classes: how many, 0 for data without labels; as a class index it means "no class".
@@ -313,18 +321,20 @@ class Flow(nn.Module):
         out = []
         for part in self.score_batches(x, len(steps)):
             ys = torch.cat([y[part] for _, y in steps])
-            scores = self.score(x[part].repeat(len(steps), 1, 1), ys)
+            xs = x[part].repeat(len(steps), 1, 1)
+            scores = self.score(xs, ys)
             move = 0
             for (weight, _), score in zip(steps, scores.chunk(len(steps))):
                 move = move + weight * score
             out.append(x[part] + move)
         return torch.cat(out)
 
-    def score_batches(self, x, steps):
-        """-> slices of the images x (B, T, D) whose activations fit: backward keeps all of them."""
+    def score_batches(self, x, copies):
+        """-> slices of the images x (B, T, D), each so often in a batch, whose activations fit:
+        backward keeps all of them."""
         hidden = sum(len(block.transformer.layers) * block.transformer.pos.numel()
                      for block in self.blocks)                     # T x C x layers
-        size = max(1, SCORE_ELEMENTS // max(1, steps * hidden))
+        size = max(1, SCORE_ELEMENTS // max(1, copies * hidden))
         return [slice(i, i + size) for i in range(0, len(x), size)]
 
 
@@ -387,19 +397,22 @@ class Decoder:
         self.at = torch.arange(n, device=z.device)
         self.weight = torch.full((T, 1), float(cfg), device=z.device)
         if guidance.anneal:
-            self.weight *= torch.arange(1, T + 1, device=z.device).unsqueeze(1) / (T - 1)
+            read = torch.arange(1, T + 1, device=z.device)
+            self.weight *= read.unsqueeze(1) / (T - 1)
 
     def predict(self):
         """-> x (B, n, D) of the tokens that follow those at `at`, given these and all before"""
         x = self.x.index_select(1, self.at)
-        window = Window(self.at, self.mask.index_select(0, self.at)[:, :self.length], self.tau)
+        mask = self.mask.index_select(0, self.at)                  # (n, T)
+        window = Window(self.at, mask[:, :self.length], self.tau)
         both = torch.cat([x, x]) if self.guided else x
         out = self.transformer(both, self.modulations, self.caches, window)
         mean, log_scale = self.block.split(out)
         if self.guided:
             weight = self.weight.index_select(0, self.at)          # (n, 1)
             mean, log_scale = self.guidance.rule(*mean.chunk(2), *log_scale.chunk(2), weight)
-        return torch.addcmul(mean, torch.exp(log_scale), self.z.index_select(1, self.at + 1))
+        z = self.z.index_select(1, self.at + 1)
+        return torch.addcmul(mean, torch.exp(log_scale), z)
 
     def step(self):
         """One token is read, and the next one known."""
@@ -479,20 +492,24 @@ class Jacobi(Decoder):
     def __init__(self, block, z, y, cfg, guidance, n, tol):
         super().__init__(block, z, y, cfg, guidance, n)
         self.known = torch.ones((), dtype=torch.long, device=z.device)
-        # Rounding never stands still.
-        self.tol = max(tol, torch.finfo(self.mask.dtype).eps) if tol else 0.0
+        self.tol = tol
+        if tol:                                                    # rounding never stands still
+            self.tol = max(tol, torch.finfo(self.mask.dtype).eps)
         self.offsets = self.at.clone()
 
     def step(self):
         """x <- mean(x) + exp(log_scale(x)) z at all tokens of the window; then move it on."""
         if self.x.device.type == 'cpu':                            # what comes later is masked
             self.length = int(self.at[-1]) + 1
-        old, new = self.x.index_select(1, self.at + 1), self.predict()      # (B, n, D)
-        self.x.index_copy_(1, self.at + 1, new)
-        same = (new - old).norm(dim=2) <= self.tol * new.norm(dim=2)        # (B, n)
-        final = self.at[0] + 1 + same.all(0).cumprod(0).sum()
-        self.known.copy_(torch.maximum(self.known + 1, final))
-        last = self.x.shape[1] - 1 - len(self.at)
+        after = self.at + 1
+        old = self.x.index_select(1, after)                        # (B, n, D)
+        new = self.predict()
+        self.x.index_copy_(1, after, new)
+        change = (new - old).norm(dim=2)                           # (B, n)
+        same = change <= self.tol * new.norm(dim=2)
+        leading = same.all(0).cumprod(0).sum()                     # of the window, in all images
+        self.known.copy_(torch.maximum(self.known + 1, after[0] + leading))
+        last = self.x.shape[1] - 1 - len(self.at)                  # place of the window
         self.at.copy_(self.offsets + (self.known - 1).clamp(max=last))
 
 
@@ -577,20 +594,24 @@ class SiT(Transformer):
     def nll(self, x, y):
         """x (B, T, D), y (B,) -> (B,) mean squared error of the velocity at a random time, from
         torch's global random numbers"""
-        t, noise = torch.rand(len(x), device=x.device), torch.randn_like(x)
-        v = self.velocity(torch.lerp(x, noise, t.view(-1, 1, 1)), t, y)
-        return (v - (noise - x)).square().mean((1, 2))
+        t = torch.rand(len(x), device=x.device)
+        noise = torch.randn_like(x)
+        between = torch.lerp(x, noise, t.view(-1, 1, 1))
+        error = self.velocity(between, t, y) - (noise - x)
+        return error.square().mean((1, 2))
 
     @torch.no_grad()
     def sample(self, z, y, cfg=0.0, guidance=None, tol=0.0, steps=50, heun=True):
         """z ~ N(0, I) (B, T, D), y (B,) -> x (B, T, D): integrates the velocity from t = 1 to 0 in
         equal steps, by Heun's rule or Euler's. cfg extrapolates velocities."""
+        null = torch.full_like(y, self.null_class)
+
         def velocity(x, t):
-            if not cfg:
-                return self.velocity(x, x.new_full((len(x),), t), y)
-            both = torch.cat([y, torch.full_like(y, self.null_class)])
-            v, v_u = self.velocity(x.repeat(2, 1, 1), x.new_full((2 * len(x),), t), both).chunk(2)
-            return v + cfg * (v - v_u)
+            t = x.new_full((len(x),), t)
+            v = self.velocity(x, t, y)
+            if cfg:
+                v = v + cfg * (v - self.velocity(x, t, null))
+            return v
 
         for i in range(steps):
             t, dt = 1 - i / steps, 1 / steps

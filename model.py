@@ -104,8 +104,11 @@ def log_sigma(sigma, like):
 
 
 def learned_entropy(sigma, like):
-    """(B,) what the entropy of q(x | image) adds to the loss: nothing where sigma is a number"""
-    return log_sigma(sigma, like) if torch.is_tensor(sigma) else torch.zeros_like(like)
+    """-> (B,) the entropy of q(x | image) where sigma (B, T, D) is learned, without its constant, to
+    be subtracted from the loss; where sigma is a number, 0"""
+    if torch.is_tensor(sigma) and sigma.dim() == 3:
+        return log_sigma(sigma, like)
+    return torch.zeros_like(like)
 
 
 # ------------------------------------------------------------------------------------ configuration
@@ -345,8 +348,8 @@ def uniform(mu, sigma, eps):
 
 
 class Noise(NamedTuple):
-    """add: a function above.  entropy: of x given mu in nats per dimension, less log sigma and
-    0.5 log(2 pi)"""
+    """add: a function above.  entropy: of x given mu, nats per dimension, leaving out log sigma and
+    0.5 log(2 pi), which are the same for all"""
     add: typing.Callable
     entropy: float = 0.5
 

@@ -188,7 +188,7 @@ class Trainer:
         processes, not where the prior keeps sums of its own or draws random numbers."""
         c, process = self.config, self.process
         return (process.compile and process.device.type == 'cuda' and process.world == 1
-                and c.prior == 'flow' and self.warm_steps >= 2)
+                and c.prior not in ('vp', 'sit') and self.warm_steps >= 2)
 
     def capture(self, image, y, noise):
         """Make `graph`, if that is possible."""
@@ -203,8 +203,9 @@ class Trainer:
         """Gradients of one micro-batch, image (b, 3, H, W) in [-1, 1], y (b,), noise (b, T, D), and
         its terms by name.
 
-        All losses on the image meet at recon: each is differentiated to there, and one backward
-        pass takes their sum on, through decoder, latents and encoder, together with the flow's.
+        L1, LPIPS and GAN are functions of `pixels`, the reconstruction cut off from the networks
+        that made it. Their gradients there are added up, and one backward pass takes the sum on
+        through decoder, latents and encoder, together with the flow's loss.
         """
         c, terms = self.config, {}
         with self.process.autocast():
@@ -235,7 +236,7 @@ class Trainer:
             grads.append(grad / c.grad_accum)
         if flow_loss.requires_grad:                                # not without a flow
             roots.append(flow_loss / c.grad_accum)
-            grads.append(None)
+            grads.append(None)                                     # it is a scalar
         torch.autograd.backward(roots, grads)
         return {name: value.detach() for name, value in terms.items()}
 

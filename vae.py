@@ -163,7 +163,8 @@ class Upsample(nn.Conv2d):
             return super().forward(F.interpolate(h, scale_factor=2.0, mode='nearest'))
         # Compiled, the gradient of that would be a scatter; the gradient of expand is a sum.
         h = h.permute(0, 2, 3, 1)[:, :, None, :, None]             # (B, h, 1, w, 1, c)
-        h = h.expand(-1, -1, 2, -1, 2, -1).flatten(3, 4).flatten(1, 2)
+        h = h.expand(-1, -1, 2, -1, 2, -1)
+        h = h.flatten(3, 4).flatten(1, 2)                          # (B, 2h, 2w, c)
         return super().forward(h.permute(0, 3, 1, 2))
 
 
@@ -183,13 +184,16 @@ class GroupNorm(nn.GroupNorm):
         # made. Statistics of channels first, then of groups, read the memory in its order.
         x = h.permute(0, 2, 3, 1).float()                          # (B, h, w, C)
         var, mean = torch.var_mean(x, dim=(1, 2), correction=0)    # (B, C)
-        var, mean = (v.unflatten(1, (self.num_groups, -1)) for v in (var, mean))     # (B, G, C/G)
-        center = mean.mean(2, keepdim=True)
+        groups = self.num_groups, -1
+        var = var.unflatten(1, groups)                             # (B, G, C/G)
+        mean = mean.unflatten(1, groups)
+        center = mean.mean(2, keepdim=True)                        # (B, G, 1): the group's mean
         var = (var + (mean - center).square()).mean(2, keepdim=True)
-        scale = torch.rsqrt(var + self.eps) * self.weight.view(mean.shape[1:])
-        shift = self.bias.view(mean.shape[1:]) - center * scale    # (B, G, C/G)
-        out = x * scale.flatten(1)[:, None, None] + shift.flatten(1)[:, None, None]
-        return out.permute(0, 3, 1, 2)
+        scale = torch.rsqrt(var + self.eps) * self.weight.unflatten(0, groups)
+        shift = self.bias.unflatten(0, groups) - center * scale    # (B, G, C/G)
+        scale = scale.flatten(1)[:, None, None]                    # (B, 1, 1, C)
+        shift = shift.flatten(1)[:, None, None]
+        return (x * scale + shift).permute(0, 3, 1, 2)
 
 
 def to_tokens(h):
@@ -228,7 +232,9 @@ class Discriminator(nn.Sequential):
 def hinge(logits_real, logits_fake):
     """The discriminator's loss (Lim & Ye 2017, arXiv:1705.02894), from logits of any shape; the
     generator's is -logits_fake.mean()."""
-    return 0.5 * (F.relu(1 - logits_real).mean() + F.relu(1 + logits_fake).mean())
+    real = F.relu(1 - logits_real).mean()
+    fake = F.relu(1 + logits_fake).mean()
+    return 0.5 * (real + fake)
 
 
 def adaptive_weight(grad_rec, grad_gan):
@@ -238,7 +244,8 @@ def adaptive_weight(grad_rec, grad_gan):
     The cap matters when the discriminator's gradient vanishes. Each process and each micro-batch
     takes the ratio over its own images, so 1 x B and 2 x B/2 agree about, not to rounding.
     """
-    return (grad_rec.norm() / (grad_gan.norm() + 1e-4)).clamp(max=1e4).detach()
+    ratio = grad_rec.norm() / (grad_gan.norm() + 1e-4)
+    return ratio.clamp(max=1e4).detach()
 
 
 class LPIPS(nn.Module):
@@ -271,7 +278,8 @@ class LPIPS(nn.Module):
     def load(self, vgg, heads):
         """State dictionaries of torchvision's vgg16 and of the lpips package's v0.1/vgg.pth ->
         self. KeyError, RuntimeError if they are not."""
-        self.features.load_state_dict({k: vgg[f'features.{k}'] for k in self.features.state_dict()})
+        names = self.features.state_dict()
+        self.features.load_state_dict({name: vgg[f'features.{name}'] for name in names})
         for i, head in enumerate(self.heads):
             head.copy_(heads[f'lin{i}.model.1.weight'])
         return self
@@ -292,7 +300,8 @@ class LPIPS(nn.Module):
             theirs = self.directions(original)
         total = 0
         for head, a, b in zip(self.heads, self.directions(image), theirs):
-            total = total + (head * (a - b).square()).sum(1).mean((1, 2))
+            distance = (head * (a - b).square()).sum(1)            # (B, h, w)
+            total = total + distance.mean((1, 2))
         return total
 
 
@@ -307,7 +316,8 @@ class LearnedVAE(VAE):
     def encode(self, image):
         """(B, 3, H, W) in [-1, 1] -> mu, sigma (B, T, D)"""
         mu, log_var = to_tokens(self.encoder(image)).chunk(2, dim=-1)
-        return self.norm(mu), (log_var.clamp(-30, 20).exp() + self.sigma ** 2).sqrt()
+        variance = log_var.clamp(-30, 20).exp() + self.sigma ** 2
+        return self.norm(mu), variance.sqrt()
 
 
 class Pixels(nn.Module):
