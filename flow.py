@@ -334,13 +334,18 @@ class Flow(nn.Module):
         backward keeps all of them."""
         hidden = sum(len(block.transformer.layers) * block.transformer.pos.numel()
                      for block in self.blocks)                     # T x C x layers
-        size = max(1, SCORE_ELEMENTS // max(1, copies * hidden))
+        size = max(1, score_elements(x.device) // max(1, copies * hidden))
         return [slice(i, i + size) for i in range(0, len(x), size)]
 
 
-# Hidden states, B x T x C x layers, of one batch of the score step. They take about 40 bytes each
-# in bfloat16, so 20 GB: 16 images of XXL, more of smaller flows.
-SCORE_ELEMENTS = 2 ** 29
+def score_elements(device):
+    """-> hidden states, B x T x C x layers, of one batch of the score step. In bfloat16 they take
+    about 40 bytes each: 16 images of XXL need 20 GB."""
+    if device.type != 'cuda':
+        return 2 ** 25
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] + unused
+    return free // 2 // 40
 
 
 # -------------------------------------------------------------------------- decoding token by token

@@ -44,8 +44,10 @@ class SimFlow(nn.Module):
         self.flow = PRIORS[c.prior](c.latent_dim, c.tokens, c.width, c.heads, c.layers, classes)
         self.noise, self.guidance, self.denoise = NOISE[c.noise], c.guidance, c.denoise
         self.image_size = c.image_size
-        if c.freeze:
-            {'encoder': self.vae.encoder, 'vae': self.vae}[c.freeze].requires_grad_(False)
+        if c.freeze == 'encoder':
+            self.vae.encoder.requires_grad_(False)
+        elif c.freeze == 'vae':
+            self.vae.requires_grad_(False)
 
     def latents(self, image, noise):
         """image (B, 3, H, W) in [-1, 1], noise (B, T, D) -> x = mu + sigma * noise, mu, both

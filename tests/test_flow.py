@@ -272,7 +272,8 @@ def test_score_is_the_gradient_of_log_density(x, y):
 @pytest.mark.parametrize('micro_batch', [1, 2, 3])
 def test_score_step_in_micro_batches(x, y, monkeypatch, micro_batch):
     flow = small_flow()
-    monkeypatch.setattr(flow_module, 'SCORE_ELEMENTS', micro_batch * 2 * T * 16 * 4)        # terms, T, C, layers
+    elements = micro_batch * 2 * T * 16 * 4                        # images, terms, T, C, layers
+    monkeypatch.setattr(flow_module, 'score_elements', lambda device: elements)
     assert len(flow.score_batches(x, 2)) == math.ceil(B / micro_batch)
     expected = x + 0.25 * (flow.score(x, y) - flow.score(x, torch.full_like(y, CLASSES)))
     torch.testing.assert_close(flow.score_step(x, simflow_step(y)), expected, rtol=1e-5, atol=1e-5)
