@@ -426,9 +426,14 @@ class Decoder:
 
     def pieces(self):
         """-> (places that attention looks at, tokens to read with that) pairs. A CUDA graph looks
-        at a fixed number of places, of which the last ones may be empty yet: there are four."""
-        T, pieces = self.x.shape[1], []
-        size = math.ceil(T / 4) if self.x.device.type == 'cuda' else 1
+        at a fixed number of places, of which the last ones may be empty yet."""
+        (T, width), pieces = self.transformer.pos.shape, []
+        if self.x.device.type != 'cuda':
+            size = 1
+        elif self.rows * T < 6 * width:                            # few keys beside the weights:
+            size = T                                               # one capture is soonest done
+        else:
+            size = math.ceil(T / 4)
         for t in range(0, T - 1, size):
             pieces.append((min(t + size, T), min(size, T - 1 - t)))
         return pieces
