@@ -297,8 +297,9 @@ class Arrays(Data):
 
 
 def open_npz(path):
-    """-> Data of arr_0, (N, H, W, 3) or (N, H, W) uint8, and, if there, labels arr_1 (N,), as ADM and sample.py
-    write them. The images stay on disk unless they are compressed: they may not fit in memory."""
+    """-> Data of arr_0, (N, H, W, 3) or (N, H, W) uint8, and, if there, labels arr_1 (N,), as ADM
+    and sample.py write them. The images stay on disk unless they are compressed: they may not fit
+    in memory."""
     try:
         with zipfile.ZipFile(path) as z, np.load(path) as arrays, open(path, 'rb') as f:
             info = z.getinfo('arr_0.npy')
