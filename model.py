@@ -106,8 +106,8 @@ def log_sigma(sigma, like):
 
 
 def learned_entropy(sigma, like):
-    """-> (B,) the entropy of q(x | image) where sigma (B, T, D) is learned, without its constant, to
-    be subtracted from the loss; where sigma is a number, 0"""
+    """-> (B,) the entropy of q(x | image) where sigma (B, T, D) is learned, without its constant,
+    to be subtracted from the loss; where sigma is a number, 0"""
     if torch.is_tensor(sigma) and sigma.dim() == 3:
         return log_sigma(sigma, like)
     return torch.zeros_like(like)
