@@ -83,8 +83,8 @@ def test_logdet_is_that_of_the_jacobian(x, y):
     flow = small_flow()
     _, logdet = flow(x, y)
     for i in range(B):
-        one = lambda v: flow(v.view(1, T, D), y[i:i + 1])[0].flatten()
-        jacobian = torch.autograd.functional.jacobian(one, x[i].flatten())
+        jacobian = torch.autograd.functional.jacobian(
+            lambda v: flow(v.view(1, T, D), y[i:i + 1])[0].flatten(), x[i].flatten())
         slow = torch.linalg.slogdet(jacobian.double()).logabsdet.float()
         torch.testing.assert_close(slow, logdet[i], rtol=1e-4, atol=1e-4)
 
