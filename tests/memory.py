@@ -1,7 +1,9 @@
 """How much memory a training step will take, told from shapes alone, without a GPU and in seconds.
 
-    python tests/memory.py --model XXL --batch_size 128 --grad_ckpt 1          one process; options as train.py's
-    WORLD_SIZE=8 python tests/memory.py --model XXL                            one of eight
+Options are train.py's; WORLD_SIZE says one of how many processes.
+
+    python tests/memory.py --model XXL --batch_size 128 --grad_ckpt 1
+    WORLD_SIZE=8 python tests/memory.py --model XXL
 """
 import contextlib
 import dataclasses
@@ -104,14 +106,16 @@ def predict_memory(config, classes, world=1):
         memory = stack.enter_context(Memory())
         size = (64, 2, 1) if config.repa == 'random' else (768, 12, 12)      # else ViT-B's
         teacher = DINOv2(*size, math.isqrt(config.tokens)) if config.align else None
-        return step_memory(Trainer(config, classes, process, LPIPS(), teacher), memory, batch, world)
+        trainer = Trainer(config, classes, process, LPIPS(), teacher)
+        return step_memory(trainer, memory, batch, world)
 
 
 def main(argv):
     config = parse_options(Config, argv, 'Predict the memory of a training step.', PRESETS)
     config.check()
     parts = predict_memory(config, 1000, int(os.environ.get('WORLD_SIZE', 1)))
-    print(f'{sum(parts.values()) / 1e9:.2f} GB per process, not compiled; CUDA, cuDNN and fragmentation take more')
+    print(f'{sum(parts.values()) / 1e9:.2f} GB per process, not compiled; '
+          'CUDA, cuDNN and fragmentation take more')
     for name, size in parts.items():
         print(f'  {name:20}{size / 1e9:8.2f}')
 

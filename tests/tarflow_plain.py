@@ -1,8 +1,9 @@
 """TARFlow as one writes it from the paper: the peer that tests/bench.py measures flow.py against.
 
-The same mathematics, parameters and names of parameters as flow.Flow with blocks of equal depth, so weights can be
-exchanged and results compared (tests/test_bench.py). None of its savings: attention under a dense boolean mask, a cache
-that grows by torch.cat, class terms computed again for every token, a pass of its own for "no class".
+The same mathematics, parameters and names of parameters as flow.Flow with blocks of equal depth, so
+weights can be exchanged and results compared (tests/test_bench.py). None of its savings: attention
+under a dense boolean mask, a cache that grows by torch.cat, class terms computed again for every
+token, a pass of its own for "no class".
 """
 import torch
 from torch import nn
@@ -22,9 +23,11 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, h, mask, cache):
-        """h (B, n, C) -> (B, n, C); mask (n, n) where no cache; cache: a dictionary, to be filled"""
+        """h (B, n, C) -> (B, n, C); mask (n, n) where no cache; cache: a dictionary, to be
+        filled"""
         B, n, C = h.shape
-        q, k, v = (part.view(B, n, self.heads, -1).transpose(1, 2) for part in self.qkv(h).chunk(3, dim=-1))
+        parts = self.qkv(h).chunk(3, dim=-1)
+        q, k, v = (part.view(B, n, self.heads, -1).transpose(1, 2) for part in parts)
         if cache is not None:
             if self in cache:
                 k_old, v_old = cache[self]
@@ -41,11 +44,13 @@ class Layer(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.attn = Attention(width, heads)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(),
+                                 nn.Linear(4 * width, width))
         self.ada = nn.Linear(width, 6 * width)
 
     def forward(self, h, cond, mask, cache):
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.ada(F.silu(cond))[:, None].chunk(6, dim=-1)
+        ada = self.ada(F.silu(cond))[:, None]
+        shift1, scale1, gate1, shift2, scale2, gate2 = ada.chunk(6, dim=-1)
         h = h + gate1 * self.attn(self.norm(h) * (1 + scale1) + shift1, mask, cache)
         return h + gate2 * self.mlp(self.norm(h) * (1 + scale2) + shift2)
 
@@ -61,7 +66,8 @@ class Block(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.ada = nn.Linear(width, 2 * width)
         self.proj_out = nn.Linear(width, 2 * dim)
-        self.register_buffer('mask', torch.ones(tokens, tokens, dtype=torch.bool).tril(), persistent=False)
+        mask = torch.ones(tokens, tokens, dtype=torch.bool).tril()
+        self.register_buffer('mask', mask, persistent=False)
         for module in [self.ada, self.proj_out, *(layer.ada for layer in self.layers)]:
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
@@ -105,8 +111,9 @@ class TARFlow(nn.Module):
     def __init__(self, dim, tokens, width, heads, blocks, layers, classes):
         super().__init__()
         self.null = classes
-        self.blocks = nn.ModuleList(Block(dim, tokens, width, heads, layers, classes, reverse=i % 2 == 1)
-                                    for i in range(blocks))
+        self.blocks = nn.ModuleList(
+            Block(dim, tokens, width, heads, layers, classes, reverse=i % 2 == 1)
+            for i in range(blocks))
 
     def forward(self, x, y):
         """x (B, T, D), y (B,) -> z (B, T, D), logdet (B,)"""
@@ -118,7 +125,8 @@ class TARFlow(nn.Module):
 
     @torch.no_grad()
     def sample(self, z, y, cfg=0.0, every_block=False):
-        """z (B, T, D), y (B,) -> x (B, T, D); guided in the last block, or in every one, as TARFlow is"""
+        """z (B, T, D), y (B,) -> x (B, T, D); guided in the last block, or in every one, as TARFlow
+        is"""
         for i, block in reversed(list(enumerate(self.blocks))):
             guided = every_block or i == len(self.blocks) - 1
             z = block.inverse(z, y, cfg if guided else 0.0, self.null)

@@ -28,13 +28,14 @@ def save(path, state):
     return str(path)
 
 
-# ------------------------------------------------------------------------------------------------ timm's numbers
+# ----------------------------------------------------------------------------------- timm's numbers
 
 @pytest.mark.parametrize('side', golden.GRIDS)
 def test_features_equal_timms(side, weights, expected):
-    """Errors are measured in standard deviations of the features. A product of float32 matrices (eps = 6e-8) over n terms
-    is off by about eps sqrt(n), in units of its result: 3.3e-6 for the longest, n = 3072. Of those 12 follow each other,
-    which makes 1.1e-5; the largest of thousands of normal errors is 4 times that, in whatever order a CPU adds."""
+    """Errors are measured in standard deviations of the features. A product of float32 matrices
+    (eps = 6e-8) over n terms is off by about eps sqrt(n), in units of its result: 3.3e-6 for the
+    longest, n = 3072. Of those 12 follow each other, which makes 1.1e-5; the largest of thousands
+    of normal errors is 4 times that, in whatever order a CPU adds."""
     net = DINOv2(golden.WIDTH, golden.DEPTH, golden.WIDTH // 64, side).load(weights)
     with torch.no_grad():
         features = net(golden.pixels(side) / 127.5 - 1)
@@ -46,12 +47,13 @@ def test_features_equal_timms(side, weights, expected):
 
 @pytest.mark.parametrize('side', golden.SIDES)
 def test_position_tables_equal_timms(side, expected):
-    """Weights come from positions of up to 37, thus off by up to 37 eps; two sums of at most 20 products, and the weights'
-    normalisation, add as much again: 100 eps of the largest value."""
-    table, rounding = resample_positions(golden.table(), side)[0], 100 * 6e-8 * golden.table().abs().max().item()
+    """Weights come from positions of up to 37, thus off by up to 37 eps; two sums of at most 20
+    products, and the weights' normalisation, add as much again: 100 eps of the largest value."""
+    table = resample_positions(golden.table(), side)[0]
+    rounding = 100 * 6e-8 * golden.table().abs().max().item()
     assert table.shape == (1 + side * side, 2)
-    np.testing.assert_allclose(torch.cat([table[::7], table[-1:]]), expected[f'table{side}'], rtol=0,
-                               atol=rounding)
+    sampled = torch.cat([table[::7], table[-1:]])
+    np.testing.assert_allclose(sampled, expected[f'table{side}'], rtol=0, atol=rounding)
 
 
 def test_names_and_shapes_are_the_releases(expected):
@@ -63,7 +65,7 @@ def test_names_and_shapes_are_the_releases(expected):
     assert {m.eps for m in net.modules() if isinstance(m, torch.nn.LayerNorm)} == {1e-6}
 
 
-# ------------------------------------------------------------------------------------------------ what it computes
+# --------------------------------------------------------------------------------- what it computes
 
 def test_tokens_go_row_by_row():
     """A change within one patch changes its own token most."""
@@ -91,13 +93,16 @@ def test_random_teacher_tells_images_and_positions_apart():
 
 
 def test_random_teacher_is_the_same_everywhere():
-    """Sums of its weights, so that no machine, and no state of torch's generator, gives another one."""
+    """Sums of its weights, so that no machine, and no state of torch's generator, gives another
+    one."""
     torch.manual_seed(1)
     net, again = load_teacher('random', 8), load_teacher('random', 8)
-    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), again.state_dict().values()))
+    weights, others = net.state_dict().values(), again.state_dict().values()
+    assert all(torch.equal(a, b) for a, b in zip(weights, others))
     sums = [net.blocks[1].mlp.fc2.weight.double().sum().item(), net.pos_embed.double().sum().item()]
     assert sums == pytest.approx([22.0985, 1.1641], abs=1e-3)
-    assert torch.equal(net.patch_embed.proj.weight, load_teacher('random', 16).patch_embed.proj.weight)
+    finer = load_teacher('random', 16)
+    assert torch.equal(net.patch_embed.proj.weight, finer.patch_embed.proj.weight)
 
 
 def test_teacher_is_frozen():
@@ -115,13 +120,14 @@ def test_features_stay_float32_under_autocast():
     torch.testing.assert_close(features, net(image), rtol=0, atol=0.1)
 
 
-# ------------------------------------------------------------------------------------------------ files of weights
+# --------------------------------------------------------------------------------- files of weights
 
 @pytest.mark.parametrize('width, depth', [(128, 3), (384, 1)])
 def test_sizes_are_read_from_the_file(tmp_path, width, depth):
     state = golden.random_state(2, width, depth)
     net = load_teacher(save(tmp_path / 'vit.pth', state), 8)
-    assert (len(net.blocks), net.blocks[0].heads, net.norm.weight.shape) == (depth, width // 64, (width,))
+    assert len(net.blocks) == depth and net.blocks[0].heads == width // 64
+    assert net.norm.weight.shape == (width,)
     state['pos_embed'] = resample_positions(state['pos_embed'], 8)
     assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
 
@@ -132,11 +138,13 @@ def without(state, name):
 
 STATE = golden.random_state(2, 64, 1)
 WRONG = {
-    'a key missing': without(STATE, 'blocks.0.ls1.gamma'), 'no class token': without(STATE, 'cls_token'),
+    'a key missing': without(STATE, 'blocks.0.ls1.gamma'),
+    'no class token': without(STATE, 'cls_token'),
     'registers': STATE | {'register_tokens': torch.zeros(1, 4, 64)},
     'no square': STATE | {'pos_embed': torch.zeros(1, 1 + 7, 64)},
     'a shape': STATE | {'norm.bias': torch.zeros(65)},
-    'SwiGLU': without(STATE, 'blocks.0.mlp.fc1.weight') | {'blocks.0.mlp.w12.weight': torch.zeros(4, 64)},
+    'SwiGLU': without(STATE, 'blocks.0.mlp.fc1.weight')
+              | {'blocks.0.mlp.w12.weight': torch.zeros(4, 64)},
     'wrapped': {'model': STATE}, 'a list': list(STATE.values())}
 
 
@@ -184,8 +192,8 @@ def test_release_that_cannot_be_had(tmp_path, monkeypatch):
 
 def test_another_teacher_is_another_run(tmp_path):
     path = save(tmp_path / 'vit.pth', STATE)
-    options = ['--model', 'repa', '--image_size', '16', '--batch_size', '4', '--workers', '0', '--device', 'cpu',
-               '--sample_interval', '0', '--out', str(tmp_path / 'out')]
+    options = ['--model', 'repa', '--image_size', '16', '--batch_size', '4', '--workers', '0',
+               '--device', 'cpu', '--sample_interval', '0', '--out', str(tmp_path / 'out')]
     train.main([*options, '--repa', path, '--steps', '1'])
     with pytest.raises(UserError, match='--repa vit.pth'):
         train.main([*options, '--steps', '2'])

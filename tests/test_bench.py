@@ -14,7 +14,8 @@ def pair():
     torch.manual_seed(0)
     ours = perturbed(Flow(D, T, 16, 2, (2, 2, 2), CLASSES))
     peer = TARFlow(D, T, 16, 2, blocks=3, layers=2, classes=CLASSES)
-    peer.load_state_dict(plain_names(ours.state_dict()))           # strict: the same names and shapes
+    # strict: the same names and shapes
+    peer.load_state_dict(plain_names(ours.state_dict()))
     return ours, peer
 
 

@@ -28,7 +28,7 @@ from data import UserError, batches, crop, fetch, open_data, pack
 ROOT = os.path.dirname(os.path.abspath(data.__file__))
 
 
-# --------------------------------------------------------------------------------------------- tiny data sets
+# ----------------------------------------------------------------------------------- tiny data sets
 
 def png(colour, size=(8, 8)):
     file = io.BytesIO()
@@ -75,7 +75,7 @@ def damaged(tmp_path):
     return open_data(write_folder(tmp_path / 'damaged', contents))
 
 
-# -------------------------------------------------------------------------------------------------- one image
+# ---------------------------------------------------------------------------------------- one image
 
 def load_one(tmp_path, name, save):
     """What `load` makes of the only image in a folder; save(path) writes it."""
@@ -86,12 +86,14 @@ def load_one(tmp_path, name, save):
 
 
 def ramp(mode):
-    return Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).convert('RGB').convert(mode)
+    grey = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
+    return grey.convert('RGB').convert(mode)
 
 
 @pytest.mark.parametrize('mode, name, slack', [
-    ('L', 'x.png', 0), ('LA', 'x.png', 0), ('P', 'x.png', 0), ('RGB', 'x.PNG', 0), ('RGBA', 'x.png', 0),
-    ('RGB', 'x.bmp', 0), ('L', 'x.gif', 0), ('RGB', 'x.webp', 32), ('RGB', 'x.JPEG', 16), ('L', 'x.jpg', 16),
+    ('L', 'x.png', 0), ('LA', 'x.png', 0), ('P', 'x.png', 0), ('RGB', 'x.PNG', 0),
+    ('RGBA', 'x.png', 0), ('RGB', 'x.bmp', 0), ('L', 'x.gif', 0), ('RGB', 'x.webp', 32),
+    ('RGB', 'x.JPEG', 16), ('L', 'x.jpg', 16),
     ('CMYK', 'x.jpg', 16), ('CMYK', 'x.tif', 4), ('YCbCr', 'x.tif', 4), ('RGB', 'x.ppm', 0)])
 def test_mode_becomes_rgb(tmp_path, mode, name, slack):
     grey = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
@@ -157,7 +159,8 @@ def test_huge_image_is_no_bomb(tmp_path):
 
 @pytest.mark.parametrize('values, expected', [
     (np.float32([[0, 0.5, 1]]), [0, 128, 255]), (np.float32([[0, 100, 255]]), [0, 100, 255]),
-    (np.float32([[0, 257 * 100, 65535]]), [0, 100, 255]), (np.int32([[0, 257 * 100, 65535]]), [0, 100, 255]),
+    (np.float32([[0, 257 * 100, 65535]]), [0, 100, 255]),
+    (np.int32([[0, 257 * 100, 65535]]), [0, 100, 255]),
     (np.float32([[0, np.nan, 1]]), [0, 0, 255])])
 def test_floats_and_long_integers_are_scaled(tmp_path, values, expected):
     assert load_one(tmp_path, 'x.tif', Image.fromarray(values).save)[0, :, 1].tolist() == expected
@@ -167,11 +170,11 @@ def test_large_profiles_and_texts_in_a_png(tmp_path):
     profile = np.random.default_rng(0).bytes(3_000_000)
     text = PngImagePlugin.PngInfo()
     text.add_text('note', 'x' * 3_000_000, zip=True)
-    assert load_one(tmp_path, 'x.png', lambda path: Image.new('RGB', (2, 2)).save(path, icc_profile=profile, pnginfo=text)
-                    ).shape == (2, 2, 3)
+    save = functools.partial(Image.new('RGB', (2, 2)).save, icc_profile=profile, pnginfo=text)
+    assert load_one(tmp_path, 'x.png', save).shape == (2, 2, 3)
 
 
-# ------------------------------------------------------------------------------------------------------- crop
+# --------------------------------------------------------------------------------------------- crop
 
 def box(x):
     return (x > -0.5) & (x <= 0.5)
@@ -180,14 +183,16 @@ def box(x):
 def cubic(x):
     """Keys 1981, with a = -0.5"""
     x = np.abs(x)
-    return np.where(x < 1, (1.5 * x - 2.5) * x ** 2 + 1, (x < 2) * (((-0.5 * x + 2.5) * x - 4) * x + 2))
+    near, far = (1.5 * x - 2.5) * x ** 2 + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return np.where(x < 1, near, (x < 2) * far)
 
 
 def slow_resize(pixels, h, w, kernel):
     """(h0, w0) -> (h, w): sums over all pixels, the kernel as wide as what becomes one pixel"""
     def weights(n, m):
         stretch = max(1, n / m)
-        matrix = kernel((np.arange(n) + 0.5 - (np.arange(m)[:, None] + 0.5) * n / m) / stretch).astype(float)
+        centres = (np.arange(m)[:, None] + 0.5) * n / m
+        matrix = kernel((np.arange(n) + 0.5 - centres) / stretch).astype(float)
         return matrix / matrix.sum(1, keepdims=True)
 
     return weights(pixels.shape[0], h) @ pixels @ weights(pixels.shape[1], w).T
@@ -197,35 +202,40 @@ def slow_crop(pixels, size):
     """One channel (h, w) -> (size, size)"""
     while min(pixels.shape) >= 2 * size:
         pixels = slow_resize(pixels, pixels.shape[0] // 2, pixels.shape[1] // 2, box)
-    pixels = slow_resize(pixels, *(round(n * size / min(pixels.shape)) for n in pixels.shape), cubic)
+    sides = [round(n * size / min(pixels.shape)) for n in pixels.shape]
+    pixels = slow_resize(pixels, *sides, cubic)
     top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
     return pixels[top:top + size, left:left + size]
 
 
-@pytest.mark.parametrize('w, h, size', [(32, 32, 32), (64, 64, 32), (100, 64, 16), (40, 90, 32), (33, 47, 8),
-                                        (20, 28, 32)])
+@pytest.mark.parametrize('w, h, size', [
+    (32, 32, 32), (64, 64, 32), (100, 64, 16), (40, 90, 32), (33, 47, 8), (20, 28, 32)])
 def test_crop_is_the_reference(w, h, size):
     # The middle greys: Pillow clips to bytes between its two passes, whose order is its own affair.
     pixels = np.random.default_rng(0).integers(64, 192, (h, w), dtype=np.uint8)
-    error = crop(Image.fromarray(pixels).convert('RGB'), size)[..., 0] - slow_crop(pixels.astype(float), size)
+    error = crop(Image.fromarray(pixels).convert('RGB'), size)[..., 0]
+    error = error - slow_crop(pixels.astype(float), size)
     assert np.abs(error).max() <= 2                                # it rounds there as well
 
 
-@pytest.mark.parametrize('w, h', [(1, 1), (1, 5), (7, 2), (31, 500), (1, 2_000_000), (3_000_000, 2)])
+@pytest.mark.parametrize('w, h', [
+    (1, 1), (1, 5), (7, 2), (31, 500), (1, 2_000_000), (3_000_000, 2)])
 def test_crop_has_the_size_asked_for(w, h):
     pixels = crop(Image.new('RGB', (w, h), (1, 2, 3)), 16)
     assert pixels.shape == (16, 16, 3) and pixels.dtype == np.uint8 and (pixels == (1, 2, 3)).all()
 
 
-# ---------------------------------------------------------------------------------------------------- layouts
+# ------------------------------------------------------------------------------------------ layouts
 
 LAYOUTS = {
     'folder': lambda path, contents: write_folder(path / 'data', contents),
     'zip': lambda path, contents: write_zip(path / 'data.zip', contents),
-    'deflated zip': lambda path, contents: write_zip(path / 'data.zip', contents, zipfile.ZIP_DEFLATED),
+    'deflated zip': lambda path, contents: write_zip(
+        path / 'data.zip', contents, zipfile.ZIP_DEFLATED),
     'wrapped zip': lambda path, contents: write_zip(
         path / 'data.zip', {f'a/b/{name}': raw for name, raw in contents.items()}),
-    'unsorted zip': lambda path, contents: write_zip(path / 'data.zip', dict(reversed(contents.items()))),
+    'unsorted zip': lambda path, contents: write_zip(
+        path / 'data.zip', dict(reversed(contents.items()))),
 }
 
 
@@ -238,36 +248,45 @@ def test_layouts_agree(tmp_path, six, layout):
 
 
 def test_other_files_are_ignored(tmp_path, six):
-    hidden = ['.DS_Store', 'cat/.DS_Store', '__MACOSX/cat/._1.png', 'cat/._1.png', '.cache/1.png', 'cat/@eaDir/1.png']
-    junk = [*hidden, 'README.txt', 'x/list.csv', 'cow/1.heic', 'cow/2.heic', 'dog/LICENSE', 'a.h5', 'b.mpg', 'c.eps']
+    hidden = ['.DS_Store', 'cat/.DS_Store', '__MACOSX/cat/._1.png', 'cat/._1.png', '.cache/1.png',
+              'cat/@eaDir/1.png']
+    junk = [*hidden, 'README.txt', 'x/list.csv', 'cow/1.heic', 'cow/2.heic', 'dog/LICENSE', 'a.h5',
+            'b.mpg', 'c.eps']
     for d in (open_data(write_folder(tmp_path / 'junk', SIX | dict.fromkeys(junk, b'?'))),
               open_data(write_zip(tmp_path / 'junk.zip', SIX | dict.fromkeys(junk, b'?')))):
         assert d.class_names == six.class_names and colours(d) == colours(six)
-        assert d.notes[0].startswith('files ignored') and '2 .heic' in d.notes[0] and '1 without an ending' in d.notes[0]
+        ignored = d.notes[0]
+        assert ignored.startswith('files ignored')
+        assert '2 .heic' in ignored and '1 without an ending' in ignored
         assert d.notes[1] == 'folders ignored, as they hold no images: cow, x' and six.notes == []
 
 
 def test_what_lies_beside_the_only_class_is_said(tmp_path):
-    d = open_data(write_folder(tmp_path / 'x', files(['cat/1.png', 'cat/2.png']) | {'dog/1.heic': b'?'}))
-    assert len(d) == 2 and d.notes == ['files ignored, as their names are not those of images: 1 .heic']
+    contents = files(['cat/1.png', 'cat/2.png']) | {'dog/1.heic': b'?'}
+    d = open_data(write_folder(tmp_path / 'x', contents))
+    assert len(d) == 2
+    assert d.notes == ['files ignored, as their names are not those of images: 1 .heic']
 
 
 def test_names_of_windows_and_others(tmp_path, six):
-    odd = ['bird\\1.png', './bird/2.png', '/cat/1.png', 'cat\\more\\2.png', './dog//1.png', 'dog/2.png']
+    odd = ['bird\\1.png', './bird/2.png', '/cat/1.png', 'cat\\more\\2.png', './dog//1.png',
+           'dog/2.png']
     with zipfile.ZipFile(tmp_path / 'odd.zip', 'w') as z:
         for name, raw in zip(odd, SIX.values()):
             z.writestr(zipfile.ZipInfo(name), raw)
         z.writestr('more\\', b'')                                # a folder, as Windows may write it
     d = open_data(str(tmp_path / 'odd.zip'))
-    assert d.class_names == six.class_names and d.labels.tolist() == six.labels.tolist() and colours(d) == colours(six)
-    assert d.notes == []
+    assert d.class_names == six.class_names and d.labels.tolist() == six.labels.tolist()
+    assert colours(d) == colours(six) and d.notes == []
 
 
 @pytest.mark.parametrize('splits', [['train', 'val'], ['Train', 'test', 'validation']])
 def test_splits_are_no_classes(tmp_path, splits):
     contents = files([f'{split}/{kind}/1.png' for split in splits for kind in ('cat', 'dog')])
-    for path in write_folder(tmp_path / 'splits', contents), write_zip(tmp_path / 'splits.zip', contents):
-        with pytest.raises(UserError, match='splits, not classes; name the one to use, such as .*splits'):
+    folder = write_folder(tmp_path / 'splits', contents)
+    for path in folder, write_zip(tmp_path / 'splits.zip', contents):
+        message = 'splits, not classes; name the one to use, such as .*splits'
+        with pytest.raises(UserError, match=message):
             open_data(path)
     assert open_data(str(tmp_path / 'splits' / splits[0])).class_names == ['cat', 'dog']
 
@@ -276,7 +295,8 @@ def test_links_that_lead_back_are_not_followed(tmp_path, six):
     folder = tmp_path / 'six'
     (folder / 'cat' / 'self').symlink_to(folder / 'cat')
     (folder / 'dog' / 'up').symlink_to('..')
-    (folder / 'fish').symlink_to(folder / 'bird')                  # this one is a class like any other
+    # this one is a class like any other
+    (folder / 'fish').symlink_to(folder / 'bird')
     d = open_data(f'{folder}/')
     assert d.class_names == ['bird', 'cat', 'dog', 'fish'] and len(d) == 8
 
@@ -301,10 +321,12 @@ def test_classes_that_are_numbers_are_in_their_order(tmp_path, layout):
 
 @pytest.mark.parametrize('method', [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA, 'encrypted'])
 def test_zips_that_cannot_be_read_are_refused_at_once(tmp_path, method):
-    path = write_zip(tmp_path / 'x.zip', SIX, zipfile.ZIP_STORED if method == 'encrypted' else method)
+    stored = zipfile.ZIP_STORED if method == 'encrypted' else method
+    path = write_zip(tmp_path / 'x.zip', SIX, stored)
     if method == 'encrypted':                                      # its flag, in all headers
         raw = (tmp_path / 'x.zip').read_bytes()
-        (tmp_path / 'x.zip').write_bytes(raw.replace(b'PK\1\2\x14\3\x14\0\0', b'PK\1\2\x14\3\x14\0\1'))
+        raw = raw.replace(b'PK\1\2\x14\3\x14\0\0', b'PK\1\2\x14\3\x14\0\1')
+        (tmp_path / 'x.zip').write_bytes(raw)
     with pytest.raises(UserError, match='bird/1.png in .*x.zip is encrypted, or compressed'):
         open_data(path)
 
@@ -326,7 +348,8 @@ def test_flat_data_has_no_classes(tmp_path, layout):
 def test_dataset_json(tmp_path, layout):
     names = ['00000/img0.png', '00000/img1.png', '00001/img2.png']
     labels = {'labels': [[name, label] for name, label in zip(names, (6, 0, 2))]}
-    d = open_data(LAYOUTS[layout](tmp_path, files(names) | {'dataset.json': json.dumps(labels).encode()}))
+    contents = files(names) | {'dataset.json': json.dumps(labels).encode()}
+    d = open_data(LAYOUTS[layout](tmp_path, contents))
     assert d.labels.tolist() == [2, 0, 1] and d.class_names == ['0', '2', '6']
 
 
@@ -351,9 +374,9 @@ def test_what_is_no_data_is_told_in_a_sentence(tmp_path):
     os.truncate(tmp_path / 'cut.zip', 700)
     write_zip(tmp_path / 'none.zip', {'README.txt': b'?'})
     write_folder(tmp_path / 'mixed', files(['1.png', 'cat/2.png']))
-    for name, words in {'empty': 'no images in', 'missing': 'there is no', 'text.zip': 'neither a folder nor',
-                        'cut.zip': 'neither a folder nor', 'none.zip': 'no images in',
-                        'mixed': 'beside its class'}.items():
+    for name, words in {'empty': 'no images in', 'missing': 'there is no',
+                        'text.zip': 'neither a folder nor', 'cut.zip': 'neither a folder nor',
+                        'none.zip': 'no images in', 'mixed': 'beside its class'}.items():
         with pytest.raises(UserError, match=words) as e:
             open_data(str(tmp_path / name))
         assert name in str(e.value) and '\n' not in str(e.value)
@@ -365,7 +388,7 @@ def test_data_can_be_pickled(tmp_path, layout):
     assert colours(pickle.loads(pickle.dumps(d))) == colours(d)
 
 
-# -------------------------------------------------------------------------------------------------------- npz
+# ---------------------------------------------------------------------------------------------- npz
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
 
@@ -399,7 +422,8 @@ def test_npz_without_labels_has_no_classes(tmp_path, more, notes):
 
 @pytest.mark.parametrize('save, words', [
     (lambda path: np.savez(path, PIXELS[..., :1]), r'uint8 \(6, 8, 8, 1\); it must be uint8'),
-    (lambda path: np.savez(path, PIXELS / 255), 'is float64'), (lambda path: np.savez(path, images=PIXELS), 'arr_0'),
+    (lambda path: np.savez(path, PIXELS / 255), 'is float64'),
+    (lambda path: np.savez(path, images=PIXELS), 'arr_0'),
     (lambda path: path.write_text('hello'), 'cannot be read, or is damaged')])
 def test_npz_of_something_else_is_refused(tmp_path, save, words):
     save(tmp_path / 'x.npz')
@@ -408,15 +432,15 @@ def test_npz_of_something_else_is_refused(tmp_path, save, words):
     assert 'x.npz' in str(e.value)
 
 
-# ---------------------------------------------------------------------------------------------------- batches
+# ------------------------------------------------------------------------------------------ batches
 
 def feed(d, start, steps, batch_size=4, seed=0, flip=True, **options):
     return list(batches(d, 8, batch_size, seed, flip, start, steps, **options))
 
 
 def same(a, b):
-    return len(a) == len(b) and all(torch.equal(x[0], y[0]) and torch.equal(x[1], y[1]) and x[2] == y[2]
-                                    for x, y in zip(a, b))
+    return len(a) == len(b) and all(
+        torch.equal(x[0], y[0]) and torch.equal(x[1], y[1]) and x[2] == y[2] for x, y in zip(a, b))
 
 
 @pytest.fixture(scope='module')
@@ -469,9 +493,11 @@ def test_two_ranks_make_one_batch(damaged):
 @pytest.mark.parametrize('batch_size', [4, 5, 15])
 def test_every_epoch_shows_every_image_once(six, batch_size):
     steps = -(-18 // batch_size)
-    reds = torch.cat([images[:, 0, 0, 0] for images, *_ in feed(six, 0, steps, batch_size)]).tolist()
+    shown = feed(six, 0, steps, batch_size)
+    reds = torch.cat([images[:, 0, 0, 0] for images, *_ in shown]).tolist()
     epochs = [reds[i:i + 6] for i in (0, 6, 12)]
-    assert all(sorted(epoch) == [0, 20, 40, 60, 80, 100] for epoch in epochs) and epochs[0] != epochs[1]
+    assert all(sorted(epoch) == [0, 20, 40, 60, 80, 100] for epoch in epochs)
+    assert epochs[0] != epochs[1]
 
 
 def test_labels_stay_with_their_images(six):
@@ -480,7 +506,8 @@ def test_labels_stay_with_their_images(six):
 
 
 def test_flip_mirrors_half_of_the_images(shapes):
-    plain, flipped = (torch.cat([step[0] for step in feed(shapes, 0, 16, flip=f)]) for f in (False, True))
+    plain, flipped = (torch.cat([step[0] for step in feed(shapes, 0, 16, flip=flip)])
+                      for flip in (False, True))
     mirrored = (flipped == plain.flip(3)).flatten(1).all(1)
     assert ((flipped == plain).flatten(1).all(1) | mirrored).all() and 16 < mirrored.sum() < 48
 
@@ -519,12 +546,13 @@ except data.UserError as e:
     assert done.returncode == 0 and done.stdout == 'refused\n'
 
 
-# -------------------------------------------------------------------------------------------------- downloads
+# ---------------------------------------------------------------------------------------- downloads
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     """-> folder that is served, its address"""
-    monkeypatch.setattr(socket, 'getfqdn', lambda host: host)      # would ask a name server, for seconds
+    # would ask a name server, for seconds
+    monkeypatch.setattr(socket, 'getfqdn', lambda host: host)
     class Handler(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *args):
             pass
@@ -575,7 +603,8 @@ def test_fetch_fails_in_a_sentence_and_leaves_nothing(tmp_path, server, url):
     path = tmp_path / 'cache' / 'x'
     with pytest.raises(UserError) as e:
         fetch(url, str(path), md5(b'weights'), hint='give it with --weights')
-    assert all(part in str(e.value) for part in (url, str(path), '--weights')) and '\n' not in str(e.value)
+    said = str(e.value)
+    assert all(part in said for part in (url, str(path), '--weights')) and '\n' not in said
     assert os.listdir(path.parent) == []
 
 
@@ -591,7 +620,8 @@ def test_cifar10(monkeypatch, tmp_path, server):
     rows = np.random.default_rng(0).integers(0, 256, (5, 2, 3073), dtype=np.uint8)
     rows[..., 0] = np.arange(10).reshape(5, 2)
     members = {f'data_batch_{i + 1}.bin': rows[i].tobytes() for i in range(5)}
-    members |= {'test_batch.bin': b'?', 'batches.meta.txt': '\n'.join('abcdefghij').encode() + b'\n\n'}
+    names = '\n'.join('abcdefghij').encode() + b'\n\n'
+    members |= {'test_batch.bin': b'?', 'batches.meta.txt': names}
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode='w:gz') as tar:
         for name, raw in members.items():
@@ -611,13 +641,15 @@ def test_fashion_mnist(monkeypatch, tmp_path, server):
         'train-images-idx3-ubyte.gz': gzip.compress(bytes(16) + pixels.tobytes()),
         'train-labels-idx1-ubyte.gz': gzip.compress(bytes(8) + bytes([9, 0, 3]))})
     d = open_data('fashion_mnist')
-    assert [d.class_names[label] for label in d.labels] == ['ankle-boot', 't-shirt', 'dress'] and d.mirror
+    names = [d.class_names[label] for label in d.labels]
+    assert names == ['ankle-boot', 't-shirt', 'dress'] and d.mirror
     image = np.asarray(d.load(1))
-    assert (image[2:30, 2:30] == pixels[1, ..., None]).all() and image[2:30, 2:30].sum() == image.sum()
+    inside = image[2:30, 2:30]
+    assert (inside == pixels[1, ..., None]).all() and inside.sum() == image.sum()
     assert crop(d.load(1), 32).tolist() == image.tolist()
 
 
-# ----------------------------------------------------------------------------------------------------- shapes
+# ------------------------------------------------------------------------------------------- shapes
 
 def test_shapes_depend_on_the_index_alone(shapes):
     again = open_data('shapes')
@@ -632,13 +664,15 @@ def test_shapes_are_balanced(shapes):
 
 
 def test_shapes_stay_inside_the_picture(shapes):
-    """The background changes from top to bottom only, so at the border every row is of one colour."""
+    """The background changes from top to bottom only, so at the border every row is of one
+    colour."""
     for i in range(50):
         pixels = np.asarray(shapes.load(i)).astype(int)
-        assert np.ptp(pixels[:, [0, 1, -2, -1]], axis=1).max() == 0 and np.ptp(pixels[:2], axis=1).max() == 0
+        assert np.ptp(pixels[:, [0, 1, -2, -1]], axis=1).max() == 0
+        assert np.ptp(pixels[:2], axis=1).max() == 0
 
 
-# ---------------------------------------------------------------------------------------------------- packing
+# ------------------------------------------------------------------------------------------ packing
 
 def test_packed_is_cropped(tmp_path, damaged):
     path = str(tmp_path / 'packed.zip')
@@ -663,7 +697,8 @@ def test_a_pack_that_fails_leaves_nothing(tmp_path, monkeypatch, six, end):
 
 def test_packed_numbers_stay_the_same(tmp_path):
     labels = {'labels': [[f'{i}.png', i] for i in range(12) if i != 5]}           # 5 does not occur
-    contents = files([name for name, _ in labels['labels']]) | {'dataset.json': json.dumps(labels).encode()}
+    contents = files([name for name, _ in labels['labels']])
+    contents['dataset.json'] = json.dumps(labels).encode()
     d, path = open_data(write_zip(tmp_path / 'x.zip', contents)), str(tmp_path / 'packed.zip')
     pack(d, path, 8, workers=0)
     packed = open_data(path)
@@ -679,23 +714,27 @@ def test_packed_keeps_classes(tmp_path, six):
     assert packed.class_names == six.class_names and packed.labels.tolist() == six.labels.tolist()
     assert colours(packed) == colours(six)
     with zipfile.ZipFile(path) as z:
-        assert z.testzip() is None and {info.compress_type for info in z.infolist()} == {zipfile.ZIP_STORED}
+        assert z.testzip() is None
+        assert {info.compress_type for info in z.infolist()} == {zipfile.ZIP_STORED}
 
 
-# ---------------------------------------------------------------------------------------------- command lines
+# ------------------------------------------------------------------------------------ command lines
 
 def run(*args):
-    return subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True,
+                          timeout=60)
 
 
 def test_command_packs(tmp_path, damaged):
-    done = run('data.py', damaged.source.path, str(tmp_path / 'x.zip'), '--size', '8', '--workers', '1')
+    done = run('data.py', damaged.source.path, str(tmp_path / 'x.zip'),
+               '--size', '8', '--workers', '1')
     assert done.returncode == 0 and '199 images' in done.stdout and '001.png' in done.stdout
     assert len(open_data(str(tmp_path / 'x.zip'))) == 199
 
 
 @pytest.mark.parametrize('args, words', [
-    ('nowhere x.zip', 'there is no nowhere'), ('shapes x.zip --size 0', '--size'), ('shapes', 'dst'),
+    ('nowhere x.zip', 'there is no nowhere'), ('shapes x.zip --size 0', '--size'),
+    ('shapes', 'dst'),
     ('shapes x.zip --sise 8', '--sise'), ('shapes full.zip', 'exists already'),
     ('shapes no/folder/x.zip', 'No such file or directory')])
 def test_mistakes_end_in_a_sentence(tmp_path, monkeypatch, capsys, args, words):
@@ -718,16 +757,19 @@ def test_closed_pipe_is_quiet():
 
 def test_interrupt_is_quiet(tmp_path):
     """As a terminal does it: Ctrl-C goes to the program and to its workers."""
-    command = [sys.executable, 'data.py', 'shapes', str(tmp_path / 'x.zip'), '--size', '64', '--workers', '2']
+    command = [sys.executable, 'data.py', 'shapes', str(tmp_path / 'x.zip'),
+               '--size', '64', '--workers', '2']
     # Whoever starts tests in the background may have them ignore Ctrl-C, and all that they start.
-    program = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    program = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     while not any(path.stat().st_size for path in tmp_path.glob('x.zip.*.tmp')):
         assert program.poll() is None
         time.sleep(0.05)
     os.killpg(program.pid, signal.SIGINT)
     _, err = program.communicate(timeout=900)
-    assert program.returncode == 130 and err.endswith('interrupted; the same command resumes from what is saved\n'), err
+    assert program.returncode == 130, err
+    assert err.endswith('interrupted; the same command resumes from what is saved\n'), err
     assert 'Traceback' not in err, err
     assert os.listdir(tmp_path) == []
 
@@ -752,9 +794,11 @@ def alive(pid):
         return False
 
 
-@pytest.mark.skipif(not hasattr(signal, 'sigwaitinfo'), reason='a Mac cannot tell who sent a signal')
+@pytest.mark.skipif(not hasattr(signal, 'sigwaitinfo'),
+                    reason='a Mac cannot tell who sent a signal')
 def test_loading_processes_obey_nobody_but_their_parent(shapes):
-    """A scheduler signals every process of a job, and the step in which that happens must still get its images."""
+    """A scheduler signals every process of a job, and the step in which that happens must still get
+    its images."""
     order = data.prefetch(data.BatchDataset(shapes, 8, 4, 0, False, 0, 1), range(8), workers=1)
     first, worker = next(order), multiprocessing.active_children()[0]
     for name in ('TERM', 'HUP', 'USR1', 'USR2', 'INT'):
@@ -762,7 +806,8 @@ def test_loading_processes_obey_nobody_but_their_parent(shapes):
     assert len(list(order)) == 7 and len(first[1]) == 4
     worker.join()
     assert worker.exitcode == 0
-    order = data.prefetch(data.BatchDataset(shapes, 8, 4, 0, False, 0, 1), range(10 ** 9), workers=1)
+    dataset = data.BatchDataset(shapes, 8, 4, 0, False, 0, 1)
+    order = data.prefetch(dataset, range(10 ** 9), workers=1)
     worker = multiprocessing.active_children()[0]
     next(order)
     worker.terminate()                                             # by its parent
@@ -796,12 +841,15 @@ def test_a_file_that_cannot_be_written_is_one_sentence(monkeypatch, capsys):
         raise OSError(28, 'No space left on device', 'out/x.png')
     with pytest.raises(SystemExit) as e:
         data.cli(full)
-    assert e.value.code == 2 and capsys.readouterr().err.startswith('error: out/x.png: No space left on device; ')
+    assert e.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith('error: out/x.png: No space left on device; ')
 
 
 def test_closed_and_narrow_terminals(monkeypatch):
     narrow = io.TextIOWrapper(io.BytesIO(), 'ascii', write_through=True)
     monkeypatch.setattr(sys, 'stdout', narrow)
     monkeypatch.setattr(sys, 'stderr', None)                       # closed
-    data.cli(lambda argv: print('größe', file=sys.stdout) or print('x', file=sys.stderr, flush=True))
+    data.cli(lambda argv: print('größe', file=sys.stdout)
+             or print('x', file=sys.stderr, flush=True))
     assert narrow.buffer.getvalue() == b'gr\\xf6\\xdfe\n'

@@ -1,4 +1,5 @@
-"""Which device a program takes. torch.cuda's functions are replaced by ones that are as strict as the real ones."""
+"""Which device a program takes. torch.cuda's functions are replaced by ones that are as strict as
+the real ones."""
 import types
 
 import pytest
@@ -22,12 +23,14 @@ def two_gpus(monkeypatch):
         seen.current = torch.cuda._utils._get_device_index(device)     # the check of the real one
 
     def set_stream(stream):
-        assert stream.index == seen.current                            # of the GPU that was chosen, not before
+        # of the GPU that was chosen, not before
+        assert stream.index == seen.current
 
     def on_gpu(*size, device=None, **more):
         device = torch.device(device)
         if device.type == 'cuda' and (device.index or 0) > 1:
-            raise RuntimeError('CUDA error: invalid device ordinal\nCUDA kernel errors might be ...')
+            raise RuntimeError('CUDA error: invalid device ordinal\n'
+                               'CUDA kernel errors might be ...')
         return zeros(*size, device='cpu' if device.type == 'cuda' else device, **more)
 
     def is_bf16_supported(including_emulation=True):                   # torch 2.9's and 2.13's
@@ -57,7 +60,8 @@ def test_torchruns_processes_take_one_gpu_each(two_gpus, monkeypatch):
 
 def test_one_gpu_is_not_for_several_processes(two_gpus, monkeypatch):
     monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')
-    with pytest.raises(UserError, match='cuda:1 is one device for several processes; give --device cuda'):
+    message = 'cuda:1 is one device for several processes; give --device cuda'
+    with pytest.raises(UserError, match=message):
         find_process('cuda:1')
 
 
@@ -84,7 +88,8 @@ def test_launchers_that_say_half_are_refused(monkeypatch):
 
 def test_old_gpus_compute_in_float32(two_gpus):
     two_gpus.bf16 = False
-    assert find_process().dtype == torch.float32 and find_process(dtype='bfloat16').dtype == torch.bfloat16
+    assert find_process().dtype == torch.float32
+    assert find_process(dtype='bfloat16').dtype == torch.bfloat16
 
 
 class NoFloat64(TorchDispatchMode):
@@ -97,10 +102,12 @@ class NoFloat64(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize('more', [dict(), dict(prior='sit'), dict(prior='vp'), dict(codec='learned')])
+@pytest.mark.parametrize('more', [dict(), dict(prior='sit'), dict(prior='vp'),
+                                  dict(codec='learned')])
 def test_nothing_on_a_device_is_float64(more):
-    config = Config(**PRESETS['nano'] | dict(image_size=16, vae_width=8, latent_dim=4, width=16, layers=(1, 1), gan=0.1,
-                                             gan_width=8, batch_size=4) | more)
+    small = dict(image_size=16, vae_width=8, latent_dim=4, width=16, layers=(1, 1), gan=0.1,
+                 gan_width=8, batch_size=4)
+    config = Config(**PRESETS['nano'] | small | more)
     trainer = train.Trainer(config, 3, Process(torch.device('cpu'), torch.float32, False), LPIPS())
     y, noise = torch.tensor([0, 1, 2, 3]), torch.randn(4, 16, 4)
     image = torch.rand(4, 3, 16, 16)
@@ -126,7 +133,8 @@ def test_without_a_compiler_training_is_eager(monkeypatch, capsys, asked):
     monkeypatch.setattr(torch, 'compile', no_compiler)
     process = Process(torch.device('cpu'), torch.float32, compile=True)
     if asked:
-        with pytest.raises(UserError, match=r'does not work here \(Failed to find C compiler.\); leave --compile away'):
+        message = r'does not work here \(Failed to find C compiler.\); leave --compile away'
+        with pytest.raises(UserError, match=message):
             train.can_compile(process, asked)
     else:
         assert not train.can_compile(process, asked)

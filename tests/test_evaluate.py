@@ -621,7 +621,8 @@ def test_classifiers_find_the_class_that_made_the_image(tiny):
     transformer.classes.weight.data.zero_()[:2, :2] = torch.tensor([[-5.0, 5.0], [5.0, -5.0]])
     # SiLU(a) - SiLU(-a) = a: -5 or 5 shifts channel 0
     transformer.ada.weight.data[0, :2] = torch.tensor([1.0, -1.0])
-    transformer.proj_out.weight.data.zero_()[:4, 0] = 0.8                # of the head, and thus every mu
+    # of the head, and thus every mu
+    transformer.proj_out.weight.data.zero_()[:4, 0] = 0.8
     y = torch.tensor([0, 1]).repeat(10)
     x = flow.sample(torch.randn(20, 6, 4, generator=torch.Generator().manual_seed(0)), y)
     for classify in evaluate.CLASSIFIERS.values():

@@ -1,4 +1,5 @@
-"""The same numbers however they are computed: by one process or two, in micro-batches, recomputed, compiled."""
+"""The same numbers however they are computed: by one process or two, in micro-batches, recomputed,
+compiled."""
 import json
 import os
 
@@ -38,9 +39,10 @@ def plain():
 
 
 def assert_same_gradients(a, b):
-    """To rounding, in every parameter. One that cancels is held against its fellows, of the same part of the network:
-    float32 has eps 6e-8, the longest sums (over a batch's pixels) have about 1e4 terms, and come through some 20 layers
-    that add their own; all of the terms rounded the same way would be 6e-4, a random walk 6e-6. Between them: 1e-4."""
+    """To rounding, in every parameter. One that cancels is held against its fellows, of the same
+    part of the network: float32 has eps 6e-8, the longest sums (over a batch's pixels) have about
+    1e4 terms, and come through some 20 layers that add their own; all of the terms rounded the same
+    way would be 6e-4, a random walk 6e-6. Between them: 1e-4."""
     assert a.keys() == b.keys()
     part = lambda name: name.split('.')[:2]
     for name, grad in a.items():
@@ -50,10 +52,11 @@ def assert_same_gradients(a, b):
 
 @pytest.mark.parametrize('extra', [['--grad_accum', '2'], ['--grad_ckpt', '1']])
 def test_same_gradients_however_they_are_computed(plain, extra):
-    """VAE, flow and discriminator; fixed adversarial weight. With an adaptive one each part would take its own ratio of
-    gradient norms."""
+    """VAE, flow and discriminator; fixed adversarial weight. With an adaptive one each part would
+    take its own ratio of gradient norms."""
     assert_same_gradients(plain, gradients(small(*extra)))
-    # on the discriminator's last bias, real and fake images pull equally hard in opposite directions
+    # on the discriminator's last bias, real and fake images pull equally hard in opposite
+    # directions
     assert [name for name, grad in plain.items() if grad.abs().max() == 0] == ['disc.8.bias']
 
 
@@ -68,44 +71,54 @@ def test_siblings_have_the_same_gradients_in_two_processes(two_processes, job):
 
 
 def test_whole_graphs_have_the_same_gradients(monkeypatch, plain):
-    """What Trainer.compile hands over has no graph breaks, and is differentiated right: all of torch.compile but the
-    generated code, which takes a minute to build for all parts."""
+    """What Trainer.compile hands over has no graph breaks, and is differentiated right: all of
+    torch.compile but the generated code, which takes a minute to build for all parts."""
     compile = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, 'compile', lambda self, **how: compile(self, backend='aot_eager', **how))
+    monkeypatch.setattr(torch.nn.Module, 'compile',
+                        lambda self, **how: compile(self, backend='aot_eager', **how))
     assert_same_gradients(plain, gradients(small('--compile', '1')))
 
 
 def test_compiled_code_has_the_same_gradients(tmp_path, monkeypatch):
-    """Generated code, of a flow of pixels: its codec cuts patches, where there is nothing to compile (an error for
-    PyTorch). Not taken from a cache, which may hold another processor's."""
+    """Generated code, of a flow of pixels: its codec cuts patches, where there is nothing to
+    compile (an error for PyTorch). Not taken from a cache, which may hold another processor's."""
     monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', str(tmp_path))
-    options = ['--model', 'tarflow', '--image_size', '8', '--layers', '1', '--width', '16', '--batch_size', '4']
+    options = ['--model', 'tarflow', '--image_size', '8', '--layers', '1', '--width', '16',
+               '--batch_size', '4']
     assert_same_gradients(gradients(options), gradients([*options, '--compile', '1']))
     assert any(tmp_path.rglob('*.cpp'))
 
 
-@pytest.mark.parametrize('extra', [[], ['--prior', 'vp', '--align', 'reverse', '--repa', 'random', '--gan', '0']])
+@pytest.mark.parametrize('extra', [
+    [], ['--prior', 'vp', '--align', 'reverse', '--repa', 'random', '--gan', '0']])
 def test_two_processes_train_and_sample(tmp_path, extra):
     """The whole script under torchrun: the log and the samples are those of one process."""
-    options = TINY + ['--gan_adaptive', '0', '--steps', '3', '--log_interval', '1', '--sample_interval', '3', *extra]
+    options = [*TINY, '--gan_adaptive', '0', '--steps', '3', '--log_interval', '1',
+               '--sample_interval', '3', *extra]
     train.main([*options, '--out', str(tmp_path / 'one')])
     result = run(torchrun(2, 'train.py', *options, '--out', str(tmp_path / 'two')))
     assert result.returncode == 0, result.stderr
     for a, b in zip(read_log(tmp_path / 'one'), read_log(tmp_path / 'two'), strict=True):
-        shared = [name for name in a if name != 'mu_std']          # of a process's own images: fewer, so less spread
-        assert [float(b[k]) for k in shared] == pytest.approx([float(a[k]) for k in shared], rel=2e-3, abs=1e-4)
+        # that one is of a process's own images: fewer, so less spread
+        shared = [name for name in a if name != 'mu_std']
+        expected = pytest.approx([float(a[name]) for name in shared], rel=2e-3, abs=1e-4)
+        assert [float(b[name]) for name in shared] == expected
     assert sorted(os.listdir(tmp_path / 'one')) == sorted(os.listdir(tmp_path / 'two'))
-    one, two = [torch.load(tmp_path / name / 'ckpt.pt', weights_only=True)['ema'] for name in ('one', 'two')]
+    one, two = [torch.load(tmp_path / name / 'ckpt.pt', weights_only=True)['ema']
+                for name in ('one', 'two')]
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-2, atol=2e-3)
 
 
 def test_a_step_that_is_not_finite_in_one_process_is_left_out_in_all(two_processes):
-    """Weights, optimizers, discriminator, averages and the sums for the log, in each of two processes."""
+    """Weights, optimizers, discriminator, averages and the sums for the log, in each of two
+    processes."""
     for rank in range(2):
         skipped, left_out = two_processes('skip', rank)
-        assert [skipped.pop(name) for name in ('count', 'skipped', 'broken_step')] == [4, 1, 2] and skipped.pop('broken').any()
-        assert [left_out.pop(name) for name in ('count', 'skipped', 'broken_step')] == [3, 0, 0]
+        counters = ('count', 'skipped', 'broken_step')
+        assert [skipped.pop(name) for name in counters] == [4, 1, 2]
+        assert skipped.pop('broken').any()
+        assert [left_out.pop(name) for name in counters] == [3, 0, 0]
         assert not left_out.pop('broken').any()
         assert same(skipped, left_out)
         assert all(value.isfinite().all() for value in skipped['model'].values())

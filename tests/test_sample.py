@@ -36,7 +36,8 @@ def test_two_processes_make_the_same_images(ckpt, tmp_path):
     """Seven images, of batches of two: the last round leaves one process with nothing to do."""
     options = ['--n', '7', '--batch_size', '2', '--cfg', '1', '--gamma', '0.25']
     one = npz(ckpt, tmp_path / 'one.npz', *options)
-    result = run(torchrun(2, 'sample.py', '--ckpt', ckpt, '--device', 'cpu', '--out', str(tmp_path / 'two.npz'), *options))
+    result = run(torchrun(2, 'sample.py', '--ckpt', ckpt, '--device', 'cpu',
+                          '--out', str(tmp_path / 'two.npz'), *options))
     assert result.returncode == 0, result.stderr[-2000:]
     two = np.load(tmp_path / 'two.npz')
     assert np.array_equal(one['arr_1'], two['arr_1'])
@@ -44,13 +45,15 @@ def test_two_processes_make_the_same_images(ckpt, tmp_path):
 
 
 def test_parallel_decoding_makes_the_same_images(ckpt, tmp_path):
-    one, two = (npz(ckpt, tmp_path / 'a.npz', '--n', '3', '--cfg', '1', '--decode', how)['arr_0'].astype(int)
+    options = ['--n', '3', '--cfg', '1', '--decode']
+    one, two = (npz(ckpt, tmp_path / 'a.npz', *options, how)['arr_0'].astype(int)
                 for how in ('sequential', 'jacobi'))
     assert np.abs(one - two).max() <= 1
 
 
 def test_parallel_decoding_needs_a_flow(tmp_path):
-    train.main([*TINY, '--steps', '1', '--sample_interval', '0', '--prior', 'sit', '--out', str(tmp_path)])
+    train.main([*TINY, '--steps', '1', '--sample_interval', '0', '--prior', 'sit',
+                '--out', str(tmp_path)])
     with pytest.raises(UserError, match='--decode jacobi'):
         sample.main(['--ckpt', str(tmp_path / 'ckpt.pt'), '--decode', 'jacobi'])
 
@@ -58,20 +61,23 @@ def test_parallel_decoding_needs_a_flow(tmp_path):
 def test_order_of_an_npz_is_only_an_order(ckpt, tmp_path):
     """Image i is what it is elsewhere: here, of a folder, whose names are the i."""
     arrays = npz(ckpt, tmp_path / 'a.npz', '--num_samples', '12', '--batch_size', '5')
-    sample.main(['--ckpt', ckpt, '--device', 'cpu', '--num_samples', '12', '--out', f'{tmp_path}/x/'])
+    sample.main(['--ckpt', ckpt, '--device', 'cpu', '--num_samples', '12',
+                 '--out', f'{tmp_path}/x/'])
     order = np.random.default_rng(0).permutation(12)
     assert arrays['arr_1'].tolist() == [i % 10 for i in order]
     by_number = {path.name: path for path in (tmp_path / 'x').rglob('*.png')}
     for image, i in zip(arrays['arr_0'], order):
         other = np.asarray(Image.open(by_number[f'{i:06d}.png']))
-        assert np.abs(image.astype(int) - other).max() <= 1        # batches differ, and so does rounding
+        # batches differ, and so does rounding
+        assert np.abs(image.astype(int) - other).max() <= 1
     assert sorted(os.listdir(tmp_path)) == ['a.npz', 'x']
 
 
 def test_where_samples_cannot_go(ckpt, tmp_path, monkeypatch):
     (tmp_path / 'used').mkdir()
     (tmp_path / 'used' / 'old.png').touch()
-    monkeypatch.setattr(sample, 'sample_images', lambda *args, **how: pytest.fail('after an hour of sampling'))
+    monkeypatch.setattr(sample, 'sample_images',
+                        lambda *args, **how: pytest.fail('after an hour of sampling'))
     with pytest.raises(UserError, match='used/ is not empty'):
         sample.main(['--ckpt', ckpt, '--out', f'{tmp_path}/used/'])
     with pytest.raises(OSError):
@@ -95,7 +101,8 @@ def test_guidance_without_classes_is_said(tmp_path, capsys):
     (tmp_path / 'flat').mkdir()
     for i in range(4):
         Image.new('RGB', (16, 16), (60 * i, 0, 0)).save(tmp_path / 'flat' / f'{i}.png')
-    train.main([*TINY, '--data', f'{tmp_path}/flat', '--steps', '1', '--sample_interval', '0', '--out', str(tmp_path)])
+    train.main([*TINY, '--data', f'{tmp_path}/flat', '--steps', '1', '--sample_interval', '0',
+                '--out', str(tmp_path)])
     command = ['--ckpt', f'{tmp_path}/ckpt.pt', '--n', '2', '--cfg', '1']
     for more, said in ([], True), (['--gamma', '1'], True), (['--guidance', 'tarflow_tau'], False):
         sample.main([*command, *more])
@@ -103,7 +110,8 @@ def test_guidance_without_classes_is_said(tmp_path, capsys):
 
 
 def test_seeds_and_classes(ckpt, tmp_path):
-    a, b = [npz(ckpt, tmp_path / 'a.npz', '--n', '4', '--seed', seed)['arr_0'] for seed in ('1', '2')]
+    a, b = [npz(ckpt, tmp_path / 'a.npz', '--n', '4', '--seed', seed)['arr_0']
+            for seed in ('1', '2')]
     assert not np.array_equal(a, b)
     arrays = npz(ckpt, tmp_path / 'a.npz', '--n', '6', '--classes', 'heart', '1')
     assert sorted(arrays['arr_1'].tolist()) == [1, 1, 1, 3, 3, 3]
@@ -111,7 +119,8 @@ def test_seeds_and_classes(ckpt, tmp_path):
 
 def test_grid_and_folder(ckpt, tmp_path):
     sample.main(['--ckpt', ckpt, '--n', '20', '--out', str(tmp_path / 'grid.png')])
-    assert Image.open(tmp_path / 'grid.png').size == (2 * 64, 10 * (64 + 14))  # two of each class, zoomed, captions
+    # two of each class, zoomed, captions
+    assert Image.open(tmp_path / 'grid.png').size == (2 * 64, 10 * (64 + 14))
     sample.main(['--ckpt', ckpt, '--n', '20', '--out', f'{tmp_path}/folder/'])
     assert len(list((tmp_path / 'folder').glob('*/*.png'))) == 20
     assert len(list((tmp_path / 'folder' / 'heart').glob('*.png'))) == 2
@@ -125,7 +134,8 @@ def test_grid_lands_beside_the_checkpoint(ckpt):
 def test_classes_by_name_or_number():
     names = ['cat', 'dog', '0']
     assert sample.choose_classes([], names) == [0, 1, 2] and sample.choose_classes([], []) == [0]
-    assert sample.choose_classes(['dog', '0', '1'], names) == [1, 2, 1]        # a name wins over a number
+    # a name wins over a number
+    assert sample.choose_classes(['dog', '0', '1'], names) == [1, 2, 1]
     for wrong in ('3', 'cow', '-1'):
         with pytest.raises(UserError, match=f'--classes {wrong}'):
             sample.choose_classes([wrong], names)
@@ -136,8 +146,11 @@ def test_classes_by_name_or_number():
 
 
 @pytest.mark.parametrize('argv, word', [
-    (['--n', '0'], '--num_samples'), (['--seed', '-1'], '--seed'), (['--seed', str(2 ** 64)], '--seed'), (['--cfg', '-1'], '--cfg'), (['--out', 'a.jpg'], '--out'), (['--gama', '1'], '--gama'),
-    (['--batch_size', '0'], '--batch_size'), (['--decode', 'fast'], '--decode'), (['--tol', '0'], '--tol'),
+    (['--n', '0'], '--num_samples'), (['--seed', '-1'], '--seed'),
+    (['--seed', str(2 ** 64)], '--seed'), (['--cfg', '-1'], '--cfg'),
+    (['--out', 'a.jpg'], '--out'), (['--gama', '1'], '--gama'),
+    (['--batch_size', '0'], '--batch_size'), (['--decode', 'fast'], '--decode'),
+    (['--tol', '0'], '--tol'),
     (['--tol', '0.01'], '--decode jacobi')])
 def test_mistakes(ckpt, argv, word):
     with pytest.raises(UserError, match=word):
@@ -146,7 +159,8 @@ def test_mistakes(ckpt, argv, word):
 
 def test_mistakes_end_in_one_sentence(tmp_path):
     result = run(python('sample.py', '--ckpt', str(tmp_path / 'absent.pt')))
-    assert result.returncode == 2 and result.stderr.startswith('error: ') and result.stderr.count('\n') == 1
+    assert result.returncode == 2
+    assert result.stderr.startswith('error: ') and result.stderr.count('\n') == 1
 
 
 def test_help_says_what_off_is(capsys):

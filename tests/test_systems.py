@@ -1,4 +1,5 @@
-"""The siblings of SimFlow: what each has of its own, by properties; then every preset, trained for two steps."""
+"""The siblings of SimFlow: what each has of its own, by properties; then every preset, trained for
+two steps."""
 import dataclasses
 import math
 
@@ -7,8 +8,8 @@ import torch
 
 from data import UserError
 from flow import GUIDANCE, Flow, SiT, VPFlow, extrapolate
-from model import (NOISE, PRESETS, Aligned, Config, SimFlow, alignment, features, generative_pass, load_checkpoint,
-                   load_model)
+from model import (NOISE, PRESETS, Aligned, Config, SimFlow, alignment, features, generative_pass,
+                   load_checkpoint, load_model)
 import sample
 from test_flow import B, CLASSES, D, T, perturbed, predict, small_flow
 from test_train import read_log, same
@@ -16,7 +17,8 @@ import train
 from vae import Pixels
 
 NANO_SIZED = [name for name, row in PRESETS.items() if 'data' in row]
-TINY = dict(image_size=16, vae_width=8, latent_dim=4, width=16, batch_size=8, workers=0, device='cpu', repa_width=16)
+TINY = dict(image_size=16, vae_width=8, latent_dim=4, width=16, batch_size=8, workers=0,
+            device='cpu', repa_width=16)
 X = torch.randn(B, T, D, generator=torch.Generator().manual_seed(2))
 Y = torch.tensor([0, 3, CLASSES])
 
@@ -34,14 +36,21 @@ def options(preset, **more):
     """The same as a command line"""
     default = dataclasses.asdict(Config(**PRESETS[preset] | dict(model=preset)))
     now = dataclasses.asdict(config(preset, **more))
-    text = lambda v: ','.join(map(str, v)) if isinstance(v, tuple) else str(int(v) if isinstance(v, bool) else v)
-    return ['--model', preset] + [f'--{k}={text(v)}' for k, v in now.items() if k != 'model' and v != default[k]]
+
+    def text(value):
+        if isinstance(value, tuple):
+            return ','.join(map(str, value))
+        return str(int(value) if isinstance(value, bool) else value)
+
+    return ['--model', preset] + [f'--{name}={text(value)}' for name, value in now.items()
+                                  if name != 'model' and value != default[name]]
 
 
-# ------------------------------------------------------------------------------------------------- noise and variance
+# ------------------------------------------------------------------------------- noise and variance
 
 def test_kinds_of_noise():
-    """All but the last are Gaussian about a multiple of mu; slerp keeps variance 1; uniform fills mu +- sigma."""
+    """All but the last are Gaussian about a multiple of mu; slerp keeps variance 1; uniform fills
+    mu +- sigma."""
     g = torch.Generator().manual_seed(0)
     mu, eps = torch.randn(2, 100_000, generator=g)
     for name, factor in ('additive', 1), ('linear', 0.7), ('slerp', math.sqrt(1 - 0.09)):
@@ -50,11 +59,13 @@ def test_kinds_of_noise():
         assert torch.equal(NOISE[name].add(mu, 0.0, eps), mu)
     assert NOISE['slerp'].add(mu, 0.3, eps).var() == pytest.approx(1, abs=0.02)
     u = (NOISE['uniform'].add(mu, 0.3, eps) - mu) / 0.3
-    assert -1 <= u.min() < -0.999 and 0.999 < u.max() <= 1 and u.abs().mean() == pytest.approx(0.5, abs=0.01)
+    assert -1 <= u.min() < -0.999 and 0.999 < u.max() <= 1
+    assert u.abs().mean() == pytest.approx(0.5, abs=0.01)
 
 
-@pytest.mark.parametrize('noise, entropy', [('additive', 0.5 * math.log(2 * math.pi * math.e) + math.log(0.3)),
-                                            ('uniform', math.log(0.6))])
+@pytest.mark.parametrize('noise, entropy', [
+    ('additive', 0.5 * math.log(2 * math.pi * math.e) + math.log(0.3)),
+    ('uniform', math.log(0.6))])
 def test_rate_is_a_divergence(noise, entropy):
     """nll, with its constant, less the entropy of the noise."""
     model = SimFlow(config('nano', noise=noise, sigma=0.3), 3)
@@ -68,9 +79,11 @@ def test_rate_of_the_standard_vae_is_its_kl(floor):
     model = SimFlow(config('learned', layers=(), sigma=floor), 3)
     with torch.no_grad():
         model.vae.encoder[-1].bias.normal_(generator=torch.Generator().manual_seed(0))
-        x, mu, sigma = model.latents(torch.randn(2, 3, 16, 16).repeat(2000, 1, 1, 1), torch.randn(4000, 16, 4))
+        image = torch.randn(2, 3, 16, 16).repeat(2000, 1, 1, 1)
+        x, mu, sigma = model.latents(image, torch.randn(4000, 16, 4))
         rate = model.kl(model.flow.nll(x, torch.zeros(4000).long()), sigma).view(2000, 2).mean(0)
-    kl = torch.distributions.kl_divergence(torch.distributions.Normal(mu, sigma), torch.distributions.Normal(0, 1))
+    normal = torch.distributions.Normal
+    kl = torch.distributions.kl_divergence(normal(mu, sigma), normal(0, 1))
     torch.testing.assert_close(rate, kl[:2].mean((1, 2)), rtol=0.02, atol=0.01)
     assert sigma.shape == mu.shape and sigma.min() >= floor and sigma.std() > 0.1
 
@@ -88,27 +101,31 @@ def test_entropy_is_in_the_loss_only_if_it_is_learned():
 
 def test_layer_norm_can_go():
     images = torch.randn(2, 3, 16, 16)
-    with_norm, without = [SimFlow(config(preset), 3).vae.encode(images)[0] for preset in ('nano', 'no_norm')]
+    with_norm, without = [SimFlow(config(preset), 3).vae.encode(images)[0]
+                          for preset in ('nano', 'no_norm')]
     assert with_norm.mean(-1).abs().max() < 1e-5 < 1e-3 < without.mean(-1).abs().max()
 
 
-# --------------------------------------------------------------------------------------------------------- what is trained
+# ---------------------------------------------------------------------------------- what is trained
 
 @pytest.mark.parametrize('preset, stage_one, still, moving', [
-    ('frozen', 'vae', ['encoder', 'decoder'], []), ('frozen_learned', 'vae_learned', ['encoder', 'decoder'], []),
+    ('frozen', 'vae', ['encoder', 'decoder'], []),
+    ('frozen_learned', 'vae_learned', ['encoder', 'decoder'], []),
     ('starflow', 'vae_learned', ['encoder'], ['decoder'])])
 def test_frozen_parts_are_those_of_stage_one(tmp_path, preset, stage_one, still, moving):
     train.main([*options(stage_one, steps=2, sample_interval=0), '--out', str(tmp_path / 'one')])
-    first = [*options(preset, steps=4, sample_interval=0), '--init', str(tmp_path / 'one' / 'ckpt.pt')]
+    first = [*options(preset, steps=4, sample_interval=0),
+             '--init', str(tmp_path / 'one' / 'ckpt.pt')]
     train.main([*first, '--out', str(tmp_path / 'two')])
     train.main([*first, '--out', str(tmp_path / 'cut'), '--stop_at', '2'])
-    (tmp_path / 'one' / 'ckpt.pt').rename(tmp_path / 'elsewhere.pt')         # of no more use once begun
+    # of no more use once begun
+    (tmp_path / 'one' / 'ckpt.pt').rename(tmp_path / 'elsewhere.pt')
     train.main([*first, '--out', str(tmp_path / 'cut')])
-    one, two, cut = [torch.load(path, weights_only=True) for path in
-                     (tmp_path / 'elsewhere.pt', tmp_path / 'two' / 'ckpt.pt', tmp_path / 'cut' / 'ckpt.pt')]
+    paths = 'elsewhere.pt', 'two/ckpt.pt', 'cut/ckpt.pt'
+    one, two, cut = [torch.load(tmp_path / path, weights_only=True) for path in paths]
     for name, value in two['model'].items():
         part = name.split('.')[1]
-        assert torch.equal(value, cut['model'][name])                        # and it resumes bit for bit
+        assert torch.equal(value, cut['model'][name])              # and it resumes bit for bit
         if part in still:
             assert torch.equal(value, one['ema'][name])
         if part in moving and name.endswith('weight'):
@@ -117,28 +134,32 @@ def test_frozen_parts_are_those_of_stage_one(tmp_path, preset, stage_one, still,
 
 
 def test_init_takes_a_whole_model_or_refuses(tmp_path, capsys):
-    big = dict(lr=0.1, lr_end=0.1, warmup=0, sample_interval=0)              # moves far in a few steps
+    # moves far in a few steps
+    big = dict(lr=0.1, lr_end=0.1, warmup=0, sample_interval=0)
     train.main([*options('nano', steps=3, **big), '--out', str(tmp_path / 'one')])
     start = ['--init', str(tmp_path / 'one' / 'ckpt.pt'), '--out', str(tmp_path / 'two')]
     train.main([*options('nano', steps=1, lr=1e-12, lr_end=0.0, sample_interval=0), *start])
     assert 'one/ckpt.pt: vae and flow' in capsys.readouterr().out
-    one, two = load_model(tmp_path / 'one' / 'ckpt.pt')[0], load_model(tmp_path / 'two' / 'ckpt.pt')[0]
+    one, two = [load_model(tmp_path / name / 'ckpt.pt')[0] for name in ('one', 'two')]
     for a, b in zip(one.parameters(), two.parameters()):
         torch.testing.assert_close(a, b)
-    for preset, more, word in [('nano', dict(vae_width=16), '--vae_width 8'), ('no_norm', {}, '--latent_norm True'),
+    for preset, more, word in [('nano', dict(vae_width=16), '--vae_width 8'),
+                               ('no_norm', {}, '--latent_norm True'),
                                ('tarflow', {}, '--codec vae')]:
         with pytest.raises(UserError, match=word):
             train.main([*options(preset, steps=1, **more), *start[:3], str(tmp_path / 'three')])
     train.main([*options('vae', steps=1, sample_interval=0), *start[:3], str(tmp_path / 'four')])
-    assert 'ckpt.pt: vae\n' in capsys.readouterr().out                        # a VAE alone has no prior to take
+    # a VAE alone has no prior to take
+    assert 'ckpt.pt: vae\n' in capsys.readouterr().out
     with pytest.raises(UserError, match='--init'):
         train.main(options('frozen'))
     (tmp_path / 'bad.pt').write_bytes(b'\0\0\0\0')
     with pytest.raises(UserError, match='bad.pt'):
-        train.main([*options('nano'), '--init', str(tmp_path / 'bad.pt'), '--out', str(tmp_path / 'five')])
+        train.main([*options('nano'), '--init', str(tmp_path / 'bad.pt'),
+                    '--out', str(tmp_path / 'five')])
 
 
-# ----------------------------------------------------------------------------------------------------------------- pixels
+# ------------------------------------------------------------------------------------------- pixels
 
 @pytest.mark.parametrize('channels', [1, 3])
 def test_patches_are_a_bijection(channels):
@@ -147,15 +168,18 @@ def test_patches_are_a_bijection(channels):
     x, sigma = codec.encode(image)
     assert x.shape == (2, 4, 16 * channels) and sigma == 0.05
     torch.testing.assert_close(codec.decode(x), image)
-    token = image[0, :channels, :4, 4:]                                      # row 0, column 1: the second token
+    # row 0, column 1: the second token
+    token = image[0, :channels, :4, 4:]
     torch.testing.assert_close(x[0, 1].sort().values, token.flatten().sort().values)
 
 
 def test_denoising_is_tweedies():
-    """For a flow that is the identity p = N(0, I), and the mean of clean data given x is x (1 - sigma^2)."""
+    """For a flow that is the identity p = N(0, I), and the mean of clean data given x is
+    x (1 - sigma^2)."""
     model = SimFlow(config('tarflow', sigma=0.5), 3)
     noise, y = 0.3 * torch.randn(2, 16, 48), torch.zeros(2).long()
-    torch.testing.assert_close(model.generate(y, noise), model.vae.decode(0.75 * noise).clamp(-1, 1))
+    clean = model.vae.decode(0.75 * noise).clamp(-1, 1)
+    torch.testing.assert_close(model.generate(y, noise), clean)
 
 
 def test_denoising_knows_the_class(monkeypatch):
@@ -169,7 +193,8 @@ def test_denoising_knows_the_class(monkeypatch):
 def test_guidance_is_the_presets_unless_another_is_asked_for(monkeypatch, tmp_path):
     train.main([*options('tarflow', steps=1, sample_interval=0), '--out', str(tmp_path)])
     asked = []
-    monkeypatch.setattr(Flow, 'sample', lambda self, z, y, cfg, guidance, tol: asked.append(guidance) or z)
+    monkeypatch.setattr(Flow, 'sample',
+                        lambda self, z, y, cfg, guidance, tol: asked.append(guidance) or z)
     for argv in ([], ['--guidance', 'tarflow_tau']):
         sample.main(['--ckpt', str(tmp_path / 'ckpt.pt'), '--n', '1', '--cfg', '1', *argv])
     assert asked == [GUIDANCE['tarflow'], GUIDANCE['tarflow_tau']]
@@ -196,7 +221,8 @@ def guided_slowly(flow, z, y, cfg, guidance):
 def predict_at(block, x, y, tau):
     """Queries that are divided by tau are attention at that temperature."""
     layers = block.transformer.layers
-    bias, weight = [[getattr(layer.attn.qkv, kind)[:16] for layer in layers] for kind in ('bias', 'weight')]
+    bias, weight = [[getattr(layer.attn.qkv, kind)[:16] for layer in layers]
+                    for kind in ('bias', 'weight')]
     for p in bias + weight:
         p.data /= tau
     out = predict(block, x, y)
@@ -210,8 +236,9 @@ def test_every_kind_of_guidance_is_its_definition(name):
     flow, y = small_flow(), torch.tensor([0, 3, 1])
     with torch.no_grad():
         slow = guided_slowly(flow, X, y, 1.5, GUIDANCE[name])
-        torch.testing.assert_close(flow.sample(X, y, 1.5, GUIDANCE[name]), slow, rtol=1e-3, atol=1e-4)
-        assert (slow - flow.sample(X, y)).abs().max() > 1e-2                 # it does guide
+        sample = flow.sample(X, y, 1.5, GUIDANCE[name])
+        torch.testing.assert_close(sample, slow, rtol=1e-3, atol=1e-4)
+        assert (slow - flow.sample(X, y)).abs().max() > 1e-2       # it does guide
 
 
 def test_temperature_guides_without_labels_and_one_is_none():
@@ -232,7 +259,8 @@ def test_volume_preserving():
     flow = perturbed(VPFlow(D, T, 16, 2, (1, 1), CLASSES)).eval()
     z, logdet = flow(X, Y)
     assert torch.equal(logdet, torch.zeros(B)) and not torch.allclose(z, X)
-    jacobian = torch.autograd.functional.jacobian(lambda v: flow(v.view(1, T, D), Y[:1])[0].flatten(), X[0].flatten())
+    jacobian = torch.autograd.functional.jacobian(
+        lambda v: flow(v.view(1, T, D), Y[:1])[0].flatten(), X[0].flatten())
     assert torch.linalg.det(jacobian).item() == pytest.approx(1, abs=1e-4)
     torch.testing.assert_close(flow.sample(z, Y), X, rtol=1e-4, atol=1e-4)   # variance is still 1
     x = 3 * torch.randn(500, T, D, generator=torch.Generator().manual_seed(3))
@@ -252,11 +280,13 @@ def test_volume_preserving():
         flow(x, y)
         flow.track(lambda values: None, torch.tensor(0.0))
     torch.testing.assert_close(flow.variance, square, rtol=0.01, atol=0.01)
-    torch.testing.assert_close(flow.sample(flow(x, y)[0] / flow.variance.sqrt(), y), x, rtol=1e-3, atol=1e-3)
+    z = flow(x, y)[0] / flow.variance.sqrt()
+    torch.testing.assert_close(flow.sample(z, y), x, rtol=1e-3, atol=1e-3)
 
 
 def test_bits_a_dimension_of_a_new_flow_are_a_gaussians():
-    """Levels are 1 / 127.5 apart, and a uniform variable fills the gap: the density of z, in bits, plus log2(127.5)."""
+    """Levels are 1 / 127.5 apart, and a uniform variable fills the gap: the density of z, in bits,
+    plus log2(127.5)."""
     model, y = SimFlow(config('tarflow_bits'), 3), torch.zeros(4).long()
     levels = torch.randint(256, (4, 1, 16, 16)).expand(-1, 3, -1, -1)
     x, mu, sigma = model.latents(levels / 127.5 - 1, torch.randn(4, 16, 16))
@@ -267,11 +297,12 @@ def test_bits_a_dimension_of_a_new_flow_are_a_gaussians():
     assert torch.equal(back, levels)
 
 
-# -------------------------------------------------------------------------------------------------------------- alignment
+# ---------------------------------------------------------------------------------------- alignment
 
 @pytest.mark.parametrize('block', [1, 2])
 def test_features_are_in_the_order_of_the_grid(block):
-    """A token's own features move when it does: those at its place, whichever way the block reads."""
+    """A token's own features move when it does: those at its place, whichever way the block
+    reads."""
     flow = small_flow()
     before = features(flow.blocks[block - 1], X, Y, 1)
     moved = X.clone()
@@ -285,7 +316,8 @@ def reached(model, loss):
     """Names of the parts that get a gradient: encoder, or block.depth of the flow"""
     model.zero_grad()
     loss.backward()
-    names = [name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0]
+    names = [name for name, p in model.named_parameters()
+             if p.grad is not None and p.grad.abs().sum() > 0]
     return {'encoder' if 'encoder' in name else 'blocks.' + name.split('.')[2] for name in names
             if 'encoder' in name or name.startswith('flow.blocks')}
 
@@ -302,7 +334,8 @@ def test_which_parameters_alignment_teaches(align, parts):
     *_, projected = model(image, y, noise)
     assert projected.shape == (4, 16, 8)
     assert reached(model, alignment(projected, torch.randn(4, 16, 8))) == parts
-    plain = SimFlow.forward(model, image, y, noise)                          # nothing else has changed
+    # nothing else has changed
+    plain = SimFlow.forward(model, image, y, noise)
     for a, b in zip(model(image, y, noise), plain):
         torch.testing.assert_close(a, b)
 
@@ -312,14 +345,16 @@ def test_generative_pass_comes_back_to_the_input(block):
     flow = small_flow()
     inputs = []
     z, _ = flow(X, Y, inputs)
-    torch.testing.assert_close(generative_pass(flow, inputs, z, Y, block), inputs[block - 1], rtol=1e-4, atol=1e-4)
+    again = generative_pass(flow, inputs, z, Y, block)
+    torch.testing.assert_close(again, inputs[block - 1], rtol=1e-4, atol=1e-4)
 
 
 def test_alignment_is_minus_the_cosine():
     a, b = torch.randn(2, 2, 5, 8)
     cosine = (a * b).sum(-1) / a.norm(dim=-1) / b.norm(dim=-1)
     torch.testing.assert_close(alignment(a, b), -cosine.mean())
-    assert alignment(a, 3 * a) == pytest.approx(-1) and alignment(a.bfloat16(), b.bfloat16()).dtype == torch.float32
+    assert alignment(a, 3 * a) == pytest.approx(-1)
+    assert alignment(a.bfloat16(), b.bfloat16()).dtype == torch.float32
 
 
 def test_weights_of_classes_are_classes():
@@ -329,29 +364,33 @@ def test_weights_of_classes_are_classes():
         torch.testing.assert_close(a, b)
 
 
-# -------------------------------------------------------------------------------------------------------------- diffusion
+# ---------------------------------------------------------------------------------------- diffusion
 
 def test_sit_sees_all_tokens_and_starts_at_zero():
     torch.manual_seed(0)
     sit = SiT(D, T, 16, 2, (1, 1), CLASSES)
     assert sit.velocity(X, torch.rand(B), Y).abs().max() == 0
     perturbed(sit)
-    jacobian = torch.autograd.functional.jacobian(lambda v: sit.velocity(v, torch.rand(1), Y[:1]), X[:1])
+    jacobian = torch.autograd.functional.jacobian(
+        lambda v: sit.velocity(v, torch.rand(1), Y[:1]), X[:1])
     assert (jacobian[0, :, :, 0].abs().amax((1, 3)) > 0).all()
     one, other = sit.velocity(X, torch.zeros(B), Y), sit.velocity(X, torch.ones(B), Y)
     assert (one - other).abs().max() > 1e-3                                  # it can tell the time
 
 
 def test_sit_trains_on_velocities():
-    sit, x = SiT(D, T, 16, 2, (1,), CLASSES), torch.randn(20_000, T, D, generator=torch.Generator().manual_seed(0))
+    sit = SiT(D, T, 16, 2, (1,), CLASSES)
+    x = torch.randn(20_000, T, D, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
-    error = sit.nll(2 * x, torch.zeros(len(x)).long()).mean().item()         # at first of E (noise - x)^2
+    # at first of E (noise - x)^2
+    error = sit.nll(2 * x, torch.zeros(len(x)).long()).mean().item()
     assert error == pytest.approx(5, rel=0.02)
 
 
 def test_sit_integrates_the_flow_of_a_gaussian(monkeypatch):
-    """Data N(0, s^2) have velocity x_t (t - (1 - t) s^2) / ((1 - t)^2 s^2 + t^2); the map from noise to data is s z.
-    The error of Euler's rule falls with the steps, that of Heun's with their square."""
+    """Data N(0, s^2) have velocity x_t (t - (1 - t) s^2) / ((1 - t)^2 s^2 + t^2); the map from
+    noise to data is s z. The error of Euler's rule falls with the steps, that of Heun's with their
+    square."""
     s, sit = 0.5, SiT(D, T, 16, 2, (1,), CLASSES)
     monkeypatch.setattr(sit, 'velocity', lambda x, t, y: x * ((t - (1 - t) * s ** 2) / (
         (1 - t) ** 2 * s ** 2 + t ** 2))[0])
@@ -363,13 +402,17 @@ def test_sit_integrates_the_flow_of_a_gaussian(monkeypatch):
 
 def test_sit_is_guided_on_velocities(monkeypatch):
     sit = SiT(D, T, 16, 2, (1,), CLASSES)
-    monkeypatch.setattr(sit, 'velocity', lambda x, t, y: torch.where(y == CLASSES, 1.0, 3.0).view(-1, 1, 1).expand_as(x))
+
+    def velocity(x, t, y):
+        return torch.where(y == CLASSES, 1.0, 3.0).view(-1, 1, 1).expand_as(x)
+
+    monkeypatch.setattr(sit, 'velocity', velocity)
     y = torch.zeros(B).long()
     torch.testing.assert_close(sit.sample(X, y), X - 3)
     torch.testing.assert_close(sit.sample(X, y, cfg=2.0), X - (3 + 2 * 2))
 
 
-# -------------------------------------------------------------------------------------------------------------- all presets
+# -------------------------------------------------------------------------------------- all presets
 
 @pytest.mark.parametrize('preset', NANO_SIZED)
 def test_presets_train_sample_and_resume(tmp_path, preset):
@@ -377,32 +420,41 @@ def test_presets_train_sample_and_resume(tmp_path, preset):
     more = dict(steps=4, sample_interval=4, log_interval=1, save_interval=2)
     if PRESETS[preset].get('freeze'):
         stage_one = 'vae_learned' if PRESETS[preset].get('codec') == 'learned' else 'vae'
-        train.main([*options(stage_one, steps=1, sample_interval=0), '--out', str(tmp_path / 'one')])
+        train.main([*options(stage_one, steps=1, sample_interval=0),
+                    '--out', str(tmp_path / 'one')])
         more['init'] = str(tmp_path / 'one' / 'ckpt.pt')
     train.main([*options(preset, **more), '--out', str(tmp_path / 'once')])
     train.main([*options(preset, **more), '--out', str(tmp_path / 'twice'), '--stop_at', '2'])
     train.main([*options(preset, **more), '--out', str(tmp_path / 'twice')])
-    once, twice = [torch.load(tmp_path / name / 'ckpt.pt', weights_only=True) for name in ('once', 'twice')]
-    assert same([once[k] for k in ('model', 'ema', 'opt')], [twice[k] for k in ('model', 'ema', 'opt')])
+    once, twice = [torch.load(tmp_path / name / 'ckpt.pt', weights_only=True)
+                   for name in ('once', 'twice')]
+    assert all(same(once[name], twice[name]) for name in ('model', 'ema', 'opt'))
     for name in once['ema'].keys() & {'flow.variance'}:
-        assert torch.equal(once['ema'][name], once['model'][name]) and not (once['ema'][name] == 1).all()
+        assert torch.equal(once['ema'][name], once['model'][name])
+        assert not (once['ema'][name] == 1).all()
     assert once['opt']['param_groups'][0]['weight_decay'] == PRESETS[preset].get('weight_decay', 0)
     row = read_log(tmp_path / 'once')[-1]
     c, value = config(preset), lambda name: float(row.get(name) or 0)
-    assert value('loss') == pytest.approx(c.l2 * value('l2') + c.rate * (value('nll') - value('entropy'))
-                                          + c.repa_weight * value('align'), rel=1e-4, abs=1e-5)
+    rate = c.rate * (value('nll') - value('entropy'))
+    loss = c.l2 * value('l2') + rate + c.repa_weight * value('align')
+    assert value('loss') == pytest.approx(loss, rel=1e-4, abs=1e-5)
     model, _, names = load_model(tmp_path / 'once' / 'ckpt.pt')
     images = model.generate(torch.arange(2), torch.randn(2, *model.flow.shape), cfg=1.0)
     assert images.shape == (2, 3, 16, 16) and images.isfinite().all() and images.std() > 0
 
 
 @pytest.mark.parametrize('argv, word', [
-    (['--codec', 'vea'], '--codec vea'), (['--prior', 'gan'], '--prior gan'), (['--noise', 'pink'], '--noise pink'),
-    (['--model', 'frozen'], '--init'), (['--model', 'tarflow', '--latent_dim', '16', '--vae_patch', '2'], '--latent_dim 16'),
-    (['--noise', 'slerp', '--sigma', '1.5'], '--sigma'), (['--model', 'repa', '--repa_block', '4'], '--repa_block 4'),
-    (['--model', 'sit', '--align', 'forward'], '--prior sit'), (['--model', 'tarflow', '--vae_mults', '1,1'], '--vae_mults'),
-    (['--model', 'tarflow', '--layers='], '--layers'), (['--model', 'slerp', '--denoise', '1'], '--denoise'),
-    (['--freeze', 'vae', '--init', 'x', '--lpips', '1'], '--lpips'), (['--align', 'backward'], r'\(nothing\), forward'),
+    (['--codec', 'vea'], '--codec vea'), (['--prior', 'gan'], '--prior gan'),
+    (['--noise', 'pink'], '--noise pink'), (['--model', 'frozen'], '--init'),
+    (['--model', 'tarflow', '--latent_dim', '16', '--vae_patch', '2'], '--latent_dim 16'),
+    (['--noise', 'slerp', '--sigma', '1.5'], '--sigma'),
+    (['--model', 'repa', '--repa_block', '4'], '--repa_block 4'),
+    (['--model', 'sit', '--align', 'forward'], '--prior sit'),
+    (['--model', 'tarflow', '--vae_mults', '1,1'], '--vae_mults'),
+    (['--model', 'tarflow', '--layers='], '--layers'),
+    (['--model', 'slerp', '--denoise', '1'], '--denoise'),
+    (['--freeze', 'vae', '--init', 'x', '--lpips', '1'], '--lpips'),
+    (['--align', 'backward'], r'\(nothing\), forward'),
     (['--model', 'learned', '--noise', 'slerp'], '--noise slerp')])
 def test_systems_that_make_no_sense(argv, word):
     with pytest.raises(UserError, match=word):

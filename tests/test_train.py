@@ -1,4 +1,5 @@
-"""Training as its users meet it: bit-exact resume, one process equals two, interruptions, numbers that are none."""
+"""Training as its users meet it: bit-exact resume, one process equals two, interruptions, numbers
+that are none."""
 import contextlib
 import csv
 import dataclasses
@@ -23,8 +24,8 @@ from model import PRESETS, Config, Process, SimFlow, load_model
 import train
 from vae import LPIPS, Discriminator
 
-TINY = ('--image_size 16 --vae_width 8 --latent_dim 4 --width 16 --layers 1,1,2 --gan_width 8 --batch_size 8 '
-        '--workers 0 --device cpu --gan 0.1').split()
+TINY = ('--image_size 16 --vae_width 8 --latent_dim 4 --width 16 --layers 1,1,2 --gan_width 8 '
+        '--batch_size 8 --workers 0 --device cpu --gan 0.1').split()
 
 
 def python(*args):
@@ -32,7 +33,8 @@ def python(*args):
 
 
 def torchrun(processes, *args):
-    return python('-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}', '--', *args)
+    return python('-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}',
+                  '--', *args)
 
 
 def run(command):
@@ -42,7 +44,8 @@ def run(command):
 def read_log(out):
     """Rows without the columns that tell the time."""
     with open(out / 'log.csv', newline='') as f:
-        return [{k: v for k, v in row.items() if k not in train.TIMING} for row in csv.DictReader(f)]
+        return [{name: value for name, value in row.items() if name not in train.TIMING}
+                for row in csv.DictReader(f)]
 
 
 def same(a, b):
@@ -56,26 +59,31 @@ def same(a, b):
     return a == b
 
 
-# ------------------------------------------------------------------------------------------------------------ resume
+# ------------------------------------------------------------------------------------------- resume
 
-@pytest.mark.parametrize('extra', [['--gan_adaptive', '0'], ['--gan_start', '3', '--grad_accum', '2']])
+@pytest.mark.parametrize('extra', [
+    ['--gan_adaptive', '0'], ['--gan_start', '3', '--grad_accum', '2']])
 def test_resume_is_bit_exact(tmp_path, monkeypatch, capsys, extra):
-    """20 + 20 steps are 40, whatever is cut: the log's averages too, of which one spans the cut and a skipped step."""
+    """20 + 20 steps are 40, whatever is cut: the log's averages too, of which one spans the cut and
+    a skipped step."""
     spoil(monkeypatch, lambda step: step == 18)
     options = TINY + ['--steps', '40', '--log_interval', '8', '--sample_interval', '0'] + extra
     train.main([*options, '--out', str(tmp_path / 'once')])
     train.main([*options, '--out', str(tmp_path / 'twice'), '--stop_at', '20'])
     assert torch.load(tmp_path / 'twice' / 'ckpt.pt', weights_only=True)['step'] == 20
     train.main([*options, '--out', str(tmp_path / 'twice')])
-    once, twice = [torch.load(tmp_path / name / 'ckpt.pt', weights_only=True) for name in ('once', 'twice')]
+    once, twice = [torch.load(tmp_path / name / 'ckpt.pt', weights_only=True)
+                   for name in ('once', 'twice')]
     for state in (once, twice):
         del state['config']['out']
-    assert {'disc', 'disc_opt', 'ema', 'opt', 'model', 'config', 'class_names', 'step'} <= once.keys()
+    parts = {'disc', 'disc_opt', 'ema', 'opt', 'model', 'config', 'class_names', 'step'}
+    assert parts <= once.keys()
     assert same(once, twice)
     assert read_log(tmp_path / 'once') == read_log(tmp_path / 'twice')
     assert [row['step'] for row in read_log(tmp_path / 'once')] == ['8', '16', '24', '32', '40']
     assert [row['skipped'] for row in read_log(tmp_path / 'twice')] == ['0', '0', '1', '0', '0']
-    said = [line for line in capsys.readouterr().out.splitlines() if 'infinite or NaN at step 18: skipped 1 of 8 st' in line]
+    said = [line for line in capsys.readouterr().out.splitlines()
+            if 'infinite or NaN at step 18: skipped 1 of 8 st' in line]
     assert len(said) == 2 and said[0] == said[1] and 'nll' in said[0]
 
 
@@ -87,7 +95,8 @@ def test_resume_refuses_a_new_kind_of_run_from_an_old_checkpoint(tmp_path):
     for name in ('codec', 'noise', 'prior', 'align'):
         del state['config'][name]
     torch.save(state, tmp_path / 'ckpt.pt')
-    for name, value in ('noise', 'slerp'), ('codec', 'learned'), ('prior', 'vp'), ('align', 'forward'):
+    changes = ('noise', 'slerp'), ('codec', 'learned'), ('prior', 'vp'), ('align', 'forward')
+    for name, value in changes:
         more = ['--repa', 'random'] if name == 'align' else []
         with pytest.raises(UserError, match=f'--{name}'):
             train.main([*options, f'--{name}', value, *more])
@@ -111,8 +120,10 @@ def test_rows_after_the_resumed_step_are_dropped(tmp_path):
 
 
 @pytest.mark.parametrize('damage, kept', [
-    (b'step,loss\n10,5\n20,1\0\0\0\n\0\0\0\0', ['10,5', '20,1']), (b'step,loss\n10,5\n20,10\n20,1', ['10,5', '20,10']),
-    (b'step,loss\n10\n,\n\n10,5,9\n20,10\n', ['20,10']), (b'name,age\nAda,36\n', []), (b'\xff\xfe\0"\n"', []),
+    (b'step,loss\n10,5\n20,1\0\0\0\n\0\0\0\0', ['10,5', '20,1']),
+    (b'step,loss\n10,5\n20,10\n20,1', ['10,5', '20,10']),
+    (b'step,loss\n10\n,\n\n10,5,9\n20,10\n', ['20,10']),
+    (b'name,age\nAda,36\n', []), (b'\xff\xfe\0"\n"', []),
     (b'\0' * 99, [])])
 def test_a_damaged_log_stops_nobody(tmp_path, damage, kept):
     path = tmp_path / 'log.csv'
@@ -124,7 +135,8 @@ def test_a_damaged_log_stops_nobody(tmp_path, damage, kept):
 def test_two_runs_cannot_share_a_folder(tmp_path):
     """The lock is the process's: it goes with it, however it ends."""
     def refused():
-        process = multiprocessing.get_context('fork').Process(target=lambda: sys.exit(refuses(tmp_path / 'log.csv')))
+        process = multiprocessing.get_context('fork').Process(
+            target=lambda: sys.exit(refuses(tmp_path / 'log.csv')))
         process.start()
         process.join()
         return process.exitcode
@@ -146,11 +158,14 @@ def refuses(path):
 def test_resume_refuses_another_run(tmp_path):
     options = TINY + ['--steps', '2', '--sample_interval', '0', '--out', str(tmp_path)]
     train.main(options)
-    for change, word in [(['--width', '32'], '--width 16'), (['--seed', '1'], '--seed 0'), (['--gan', '0'], '--gan 0.1')]:
+    changes = [(['--width', '32'], '--width 16'), (['--seed', '1'], '--seed 0'),
+               (['--gan', '0'], '--gan 0.1')]
+    for change, word in changes:
         with pytest.raises(UserError, match=word):
             train.main(options + change)
     before = (tmp_path / 'ckpt.pt').read_bytes()
-    train.main(options)                                            # finished: nothing to do, nothing lost
+    # finished: nothing to do, nothing lost
+    train.main(options)
     assert (tmp_path / 'ckpt.pt').read_bytes() == before
 
 
@@ -162,9 +177,11 @@ class SquaredError(torch.nn.Module):
 
 
 def test_resume_takes_what_may_change_from_the_command_line(tmp_path, monkeypatch):
-    """Learning rates are not the checkpoint's; a term may come and go, even between two rows of the log."""
+    """Learning rates are not the checkpoint's; a term may come and go, even between two rows of the
+    log."""
     monkeypatch.setattr(train, 'load_lpips', lambda vgg, heads: SquaredError())
-    options = TINY + ['--log_interval', '2', '--sample_interval', '0', '--out', str(tmp_path), '--steps']
+    options = TINY + ['--log_interval', '2', '--sample_interval', '0', '--out', str(tmp_path),
+                      '--steps']
     train.main([*options, '3', '--lpips', '1'])
     train.main([*options, '4', '--lpips', '0', '--gan_lr', '0.25', '--beta2', '0.5'])
     state = torch.load(tmp_path / 'ckpt.pt', weights_only=True)
@@ -173,7 +190,8 @@ def test_resume_takes_what_may_change_from_the_command_line(tmp_path, monkeypatc
     assert state['opt']['param_groups'][0]['betas'] == (0.9, 0.5)
 
 
-@pytest.mark.parametrize('error', [OSError(28, 'No space left on device'), RuntimeError('unexpected pos 64 vs 0')])
+@pytest.mark.parametrize('error', [
+    OSError(28, 'No space left on device'), RuntimeError('unexpected pos 64 vs 0')])
 def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(tmp_path, monkeypatch, error):
     options = TINY + ['--sample_interval', '0', '--out', str(tmp_path), '--steps']
     train.main([*options, '1'])
@@ -183,14 +201,21 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(tmp_path, monkey
         file.write(b'half')
         raise error
     monkeypatch.setattr(torch, 'save', half)
-    with pytest.raises(UserError, match=f'ckpt.pt could not be written at step 2 .*{error.args[-1]}'):
+    message = f'ckpt.pt could not be written at step 2 .*{error.args[-1]}'
+    with pytest.raises(UserError, match=message):
         train.main([*options, '2'])
-    assert (tmp_path / 'ckpt.pt').read_bytes() == before and sorted(os.listdir(tmp_path)) == ['ckpt.pt', 'log.csv']
+    assert (tmp_path / 'ckpt.pt').read_bytes() == before
+    assert sorted(os.listdir(tmp_path)) == ['ckpt.pt', 'log.csv']
 
 
 def test_a_folder_that_was_removed_is_made_again(tmp_path, monkeypatch):
     out, step = tmp_path / 'out', train.Trainer.train_step
-    monkeypatch.setattr(train.Trainer, 'train_step', lambda *args: (step(*args), shutil.rmtree(out, ignore_errors=True)))
+
+    def step_and_remove(*args):
+        step(*args)
+        shutil.rmtree(out, ignore_errors=True)
+
+    monkeypatch.setattr(train.Trainer, 'train_step', step_and_remove)
     train.main([*TINY, '--sample_interval', '0', '--steps', '2', '--out', str(out)])
     assert os.listdir(out) == ['ckpt.pt']
 
@@ -206,7 +231,8 @@ def test_other_data_are_announced(tmp_path, capsys):
 
 
 def test_kill_9_never_costs_the_checkpoint(tmp_path):
-    options = TINY + ['--steps', '100000', '--save_interval', '1', '--sample_interval', '0', '--log_interval', '5']
+    options = TINY + ['--steps', '100000', '--save_interval', '1', '--sample_interval', '0',
+                      '--log_interval', '5']
     for _ in range(2):
         process = subprocess.Popen(python('train.py', *options, '--out', str(tmp_path)), cwd=ROOT,
                                    stdout=subprocess.DEVNULL)
@@ -220,7 +246,8 @@ def test_kill_9_never_costs_the_checkpoint(tmp_path):
 
 
 def train_until(out, reached):
-    """Wait for a checkpoint whose step satisfies reached(step, step at the first look) -> that step"""
+    """Wait for a checkpoint whose step satisfies reached(step, step at the first look) -> that
+    step"""
     start, path = None, out / 'ckpt.pt'
     old = path.stat().st_mtime_ns if path.exists() else 0
     for _ in range(9000):
@@ -235,7 +262,8 @@ def train_until(out, reached):
 
 @pytest.fixture
 def handlers():
-    """The test may change how signals are handled, and finds them as in a terminal, even under nohup."""
+    """The test may change how signals are handled, and finds them as in a terminal, even under
+    nohup."""
     numbers = [getattr(signal, name) for name in train.Interrupt.NAMES]
     before = [signal.signal(number, signal.SIG_DFL) for number in numbers]
     yield numbers
@@ -250,7 +278,8 @@ def test_every_signal_asks_for_an_end_and_a_second_one_does_not_wait(handlers, m
         interrupt = train.Interrupt()
         signal.raise_signal(number)
         assert interrupt.signal == number and not codes
-        if number != signal.SIGINT:                                # torchrun's echo of a scheduler's
+        # torchrun's echo of a scheduler's
+        if number != signal.SIGINT:
             signal.raise_signal(number)
             assert not codes
             interrupt.time -= 2
@@ -269,10 +298,13 @@ def test_nohup_is_respected(handlers):
 
 @pytest.mark.parametrize('number, code', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signals_save_and_end(tmp_path, number, code):
-    """Sent to the whole process group, loading processes and all, as a terminal or a scheduler does."""
-    options = TINY + ['--steps', '100000', '--save_interval', '1', '--sample_interval', '0', '--workers', '1']
-    process = subprocess.Popen(python('train.py', *options, '--out', str(tmp_path)), cwd=ROOT, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    """Sent to the whole process group, loading processes and all, as a terminal or a scheduler
+    does."""
+    options = TINY + ['--steps', '100000', '--save_interval', '1', '--sample_interval', '0',
+                      '--workers', '1']
+    process = subprocess.Popen(python('train.py', *options, '--out', str(tmp_path)), cwd=ROOT,
+                               text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               start_new_session=True)
     done = train_until(tmp_path, lambda step, start: step > start)
     os.killpg(process.pid, number)
     out, err = process.communicate(timeout=900)
@@ -280,7 +312,7 @@ def test_signals_save_and_end(tmp_path, number, code):
     assert torch.load(tmp_path / 'ckpt.pt', weights_only=True)['step'] >= done
 
 
-# ------------------------------------------------------------------------------------------------- numbers that are none
+# ---------------------------------------------------------------------------- numbers that are none
 
 def spoil(monkeypatch, bad):
     """Let the noise of each step that `bad` says be NaN."""
@@ -294,8 +326,8 @@ def test_a_run_ends_when_a_whole_interval_was_skipped(tmp_path, monkeypatch, cap
     """One bad step at 1, and from 6 on nothing else; a row every 4 steps."""
     spoil(monkeypatch, lambda step: step == 1 or step >= 6)
     with pytest.raises(SystemExit, match='nll.* at step 8, and none of the 4 steps since') as e:
-        train.main([*TINY, '--steps', '99', '--save_interval', '4', '--sample_interval', '0', '--log_interval', '4',
-                    '--out', str(tmp_path)])
+        train.main([*TINY, '--steps', '99', '--save_interval', '4', '--sample_interval', '0',
+                    '--log_interval', '4', '--out', str(tmp_path)])
     assert 'lower --lr' in str(e.value.code)
     said = capsys.readouterr().out
     assert 'at step 1: skipped 1 of 4 steps' in said and 'at step 6: skipped 2 of 4 steps' in said
@@ -304,7 +336,7 @@ def test_a_run_ends_when_a_whole_interval_was_skipped(tmp_path, monkeypatch, cap
     assert state['step'] == 8 and all(value.isfinite().all() for value in state['model'].values())
 
 
-# --------------------------------------------------------------------------------------------------------- schedules
+# ---------------------------------------------------------------------------------------- schedules
 
 def test_learning_rate():
     """Stage I constant, stage II cosine (Table 9)."""
@@ -312,36 +344,40 @@ def test_learning_rate():
     rates = [train.learning_rate(c, step, 1000) for step in range(1000)]
     assert rates[:501] == [1e-4] * 501
     assert all(a > b for a, b in zip(rates[500:], rates[501:]))
-    assert rates[750] == pytest.approx((1e-4 + 1e-6) / 2, rel=1e-3) and rates[-1] == pytest.approx(1e-6, rel=1e-2)
+    assert rates[750] == pytest.approx((1e-4 + 1e-6) / 2, rel=1e-3)
+    assert rates[-1] == pytest.approx(1e-6, rel=1e-2)
 
 
 def test_ema_is_warmed_up_and_is_the_recursion(tmp_path):
-    train.main([*TINY, '--steps', '3', '--ema', '0.3', '--sample_interval', '0', '--save_interval', '1',
-                '--stop_at', '1', '--out', str(tmp_path)])
+    options = [*TINY, '--steps', '3', '--ema', '0.3', '--sample_interval', '0',
+               '--out', str(tmp_path), '--stop_at']
+    train.main([*options, '1', '--save_interval', '1'])
     path, name = tmp_path / 'ckpt.pt', 'vae.conv_out.bias'
     ema = torch.load(path, weights_only=True)['ema'][name]
     for step in (1, 2):
-        train.main([*TINY, '--steps', '3', '--ema', '0.3', '--sample_interval', '0', '--stop_at', str(step + 1),
-                    '--out', str(tmp_path)])
+        train.main([*options, str(step + 1)])
         state = torch.load(path, weights_only=True)
         decay = min(0.3, (1 + step) / (10 + step))
         ema = decay * ema + (1 - decay) * state['model'][name]
         torch.testing.assert_close(state['ema'][name], ema)
 
 
-# --------------------------------------------------------------------------------------------------- files and options
+# -------------------------------------------------------------------------------- files and options
 
 def test_what_a_run_leaves(tmp_path):
-    train.main([*TINY, '--steps', '4', '--log_interval', '2', '--sample_interval', '2', '--out', str(tmp_path)])
-    assert sorted(os.listdir(tmp_path)) == ['ckpt.pt', 'log.csv', *(f'{kind}_{step:07d}.png' for kind in
-                                            ('recon', 'samples') for step in (2, 4))]
-    assert Image.open(tmp_path / 'samples_0000004.png').size == (8 * 16, 10 * 16)        # one row per class
+    train.main([*TINY, '--steps', '4', '--log_interval', '2', '--sample_interval', '2',
+                '--out', str(tmp_path)])
+    pictures = [f'{kind}_{step:07d}.png' for kind in ('recon', 'samples') for step in (2, 4)]
+    assert sorted(os.listdir(tmp_path)) == ['ckpt.pt', 'log.csv', *pictures]
+    # one row per class
+    assert Image.open(tmp_path / 'samples_0000004.png').size == (8 * 16, 10 * 16)
     originals = np.asarray(Image.open(tmp_path / 'recon_0000004.png'))[:16]
     assert originals.shape == (16, 16 * 16, 3) and originals.std() > 10
     row = read_log(tmp_path)[-1]
-    assert float(row['loss']) == pytest.approx(
-        float(row['nll']) + PRESETS['nano']['l2'] * float(row['l2']) + float(row['d_weight']) * float(row['gan']),
-        rel=0.05)                                                  # the weight times the term is averaged as a product
+    loss = float(row['nll']) + PRESETS['nano']['l2'] * float(row['l2'])
+    loss += float(row['d_weight']) * float(row['gan'])
+    # the weight times the term is averaged as a product
+    assert float(row['loss']) == pytest.approx(loss, rel=0.05)
     model, config, class_names = load_model(tmp_path / 'ckpt.pt')
     assert config.sigma == 0.5 and len(class_names) == 10
     names = torch.load(tmp_path / 'ckpt.pt', weights_only=True)['model'].keys()
@@ -353,7 +389,8 @@ def test_unlabelled_data(tmp_path):
     folder.mkdir()
     for i in range(10):
         Image.fromarray(np.full((20, 20, 3), 25 * i, np.uint8)).save(folder / f'{i}.png')
-    train.main([*TINY, '--data', str(folder), '--steps', '2', '--sample_interval', '2', '--out', str(tmp_path / 'out')])
+    train.main([*TINY, '--data', str(folder), '--steps', '2', '--sample_interval', '2',
+                '--out', str(tmp_path / 'out')])
     assert load_model(tmp_path / 'out' / 'ckpt.pt')[2] == []
 
 
@@ -363,39 +400,47 @@ def test_dry_run(size, capsys):
     fewer = [] if 'data' in PRESETS[size] else ['--layers', '1,1,1']
     train.main(['--model', size, '--dry_run', '1', '--init', 'later.pt', *fewer])
     plan = capsys.readouterr().out
-    for word in ('flow parameters', 'VAE parameters', 'tokens', 'batch', 'steps', 'FLOPs per image', 'hours on H100s'):
+    for word in ('flow parameters', 'VAE parameters', 'tokens', 'batch', 'steps',
+                 'FLOPs per image', 'hours on H100s'):
         assert word in plan
     assert 'data' in PRESETS[size] or '1000 classes' in plan and '800,730 = 160.0 epochs' in plan
 
 
 @functools.cache
 def predicted(*extra):
-    config = parse_options(Config, ['--lpips', '1', '--gan', '0.1', '--dtype', 'float32', '--layers', '1,2', *extra], '', PRESETS)
+    options = ['--lpips', '1', '--gan', '0.1', '--dtype', 'float32', '--layers', '1,2', *extra]
+    config = parse_options(Config, options, '', PRESETS)
     return config, predict_memory(config, 10)
 
 
-@pytest.mark.parametrize('extra', [(), ('--grad_ckpt', '1'), ('--grad_accum', '2'), ('--gan', '0', '--lpips', '0')])
+@pytest.mark.parametrize('extra', [
+    (), ('--grad_ckpt', '1'), ('--grad_accum', '2'), ('--gan', '0', '--lpips', '0')])
 def test_predicted_memory_is_that_of_a_real_step(extra):
-    """Fake tensors, whose sizes their own mode keeps, against what the profiler sees the allocator hand out."""
+    """Fake tensors, whose sizes their own mode keeps, against what the profiler sees the allocator
+    hand out."""
     config, parts = predicted(*extra)
     trainer = train.Trainer(config, 10, Process(torch.device('cpu'), torch.float32, False), LPIPS())
     batch = torch.zeros(32, 3, 32, 32, dtype=torch.uint8), torch.zeros(32, dtype=torch.long)
     trainer.train_step(*batch, lr=0.0)                             # makes Adam's state
     for opt in trainer.optimizers():
         opt.zero_grad()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+    cpu = torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[cpu], profile_memory=True) as profiler:
         trainer.train_step(*batch, lr=0.0)
-    events = [(e.start_ns(), e.nbytes()) for e in profiler.profiler.kineto_results.events() if e.name() == '[memory]']
+    events = [(e.start_ns(), e.nbytes()) for e in profiler.profiler.kineto_results.events()
+              if e.name() == '[memory]']
     peak = np.cumsum([size for _, size in sorted(events, key=lambda e: e[0])]).max()
     assert parts['gradients'] + parts['activations'] == pytest.approx(peak, rel=0.1)
 
 
 def test_predicted_memory_by_use():
-    (config, parts), (_, ckpt), (_, double) = predicted(), predicted('--grad_ckpt', '1'), predicted('--batch_size', '64')
+    (config, parts), (_, ckpt) = predicted(), predicted('--grad_ckpt', '1')
+    _, double = predicted('--batch_size', '64')
     model, disc = SimFlow(config, 10), Discriminator(config.gan_width, config.gan_layers)
     numbers = [sum(p.numel() for p in module.parameters()) for module in (model, disc, LPIPS())]
     assert parts['parameters'] == 4 * sum(numbers)
-    assert parts['average and Adam'] == pytest.approx(4 * (3 * numbers[0] + 2 * numbers[1]), rel=0.01)
+    states = 4 * (3 * numbers[0] + 2 * numbers[1])
+    assert parts['average and Adam'] == pytest.approx(states, rel=0.01)
     assert ckpt['activations'] < 0.8 * parts['activations']
     assert double['activations'] == pytest.approx(2 * parts['activations'], rel=0.25)
     several = predict_memory(dataclasses.replace(config, batch_size=64), 10, world=2)
@@ -406,8 +451,9 @@ def test_predicted_memory_by_use():
 
 
 @pytest.mark.parametrize('argv, word', [
-    (['--batch_size', '7', '--grad_accum', '2'], '--batch_size'), (['--data', 'nowhere'], 'nowhere'),
-    (['--model', 'S'], 'imagenet/train'), (['--stpes', '3'], '--stpes'), (['--device', 'cuda:7'], '--device')])
+    (['--batch_size', '7', '--grad_accum', '2'], '--batch_size'),
+    (['--data', 'nowhere'], 'nowhere'), (['--model', 'S'], 'imagenet/train'),
+    (['--stpes', '3'], '--stpes'), (['--device', 'cuda:7'], '--device')])
 def test_mistakes_end_in_one_sentence(argv, word, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', ['train.py', *argv])
     with pytest.raises(SystemExit) as e:
@@ -419,7 +465,8 @@ def test_mistakes_end_in_one_sentence(argv, word, monkeypatch, capsys):
 
 def steps(count):
     """-> weights after some steps of a small model with a GAN from step 4 on, and its log row"""
-    config = parse_options(Config, ['--gan', '0.1', '--gan_start', '4', '--layers', '1,1', '--batch_size', '4'], '', PRESETS)
+    options = ['--gan', '0.1', '--gan_start', '4', '--layers', '1,1', '--batch_size', '4']
+    config = parse_options(Config, options, '', PRESETS)
     trainer = train.Trainer(config, 10, Process(torch.device('cpu'), torch.float32, False))
     g = torch.Generator().manual_seed(0)
     for _ in range(count):
@@ -429,8 +476,9 @@ def steps(count):
 
 
 def test_a_replayed_step_is_a_step(monkeypatch):
-    """As a CUDA graph does, replay reads its own copies of the inputs and writes terms where they were, without Python's
-    help: the rest of the step must not keep or change what lies there. The GAN's start needs another graph."""
+    """As a CUDA graph does, replay reads its own copies of the inputs and writes terms where they
+    were, without Python's help: the rest of the step must not keep or change what lies there. The
+    GAN's start needs another graph."""
     plain = steps(8)
     captured = []
 
@@ -445,7 +493,8 @@ def test_a_replayed_step_is_a_step(monkeypatch):
             for name, value in gradients(*self.inputs).items():
                 self.terms[name].copy_(value)
         init(self, gradients, image, y, noise)
-        for own in self.inputs:                                    # whoever asks before a copy gets nonsense
+        # whoever asks before a copy gets nonsense
+        for own in self.inputs:
             own.zero_()
         self.graph.replay = replay
 
@@ -456,7 +505,8 @@ def test_a_replayed_step_is_a_step(monkeypatch):
     monkeypatch.setattr(train.Trainer, 'can_replay', lambda self: self.warm_steps >= 2)
     replayed = steps(8)
     assert len(captured) == 2
-    assert all(torch.equal(a, replayed[0][name]) for name, a in plain[0].items()) and plain[1] == replayed[1]
+    assert all(torch.equal(a, replayed[0][name]) for name, a in plain[0].items())
+    assert plain[1] == replayed[1]
 
 
 def test_a_step_that_cannot_be_captured_is_launched(monkeypatch, capsys):

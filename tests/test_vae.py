@@ -20,7 +20,8 @@ def test_parameter_counts():
     assert count(vae.decoder) + count(vae.conv_out) == 38_410_115
 
 
-@pytest.mark.parametrize('patch, mults, factor', [(1, (1, 2), 2), (4, (1, 2), 8), (2, (1, 1, 2), 8)])
+@pytest.mark.parametrize('patch, mults, factor', [
+    (1, (1, 2), 2), (4, (1, 2), 8), (2, (1, 1, 2), 8)])
 def test_shapes(patch, mults, factor):
     vae = VAE(**SMALL | dict(patch=patch, mults=mults))
     mu, sigma = vae.encode(torch.randn(2, 3, 32, 32))
@@ -29,7 +30,8 @@ def test_shapes(patch, mults, factor):
 
 
 def test_every_token_is_normalised():
-    torch.manual_seed(0)                                           # of a new encoder's tokens, some hardly vary
+    # of a new encoder's tokens, some hardly vary
+    torch.manual_seed(0)
     mu, _ = VAE(**SMALL).encode(torch.randn(2, 3, 16, 16))
     torch.testing.assert_close(mu.mean(-1), torch.zeros(2, 16), atol=1e-5, rtol=0)
     torch.testing.assert_close(mu.var(-1, unbiased=False), torch.ones(2, 16), atol=1e-3, rtol=0)
@@ -42,7 +44,8 @@ def test_tokens_are_the_grid_row_by_row():
     h = vae.encoder(images)
     for row in range(2):
         for column in range(4):
-            torch.testing.assert_close(mu[:, 4 * row + column], F.layer_norm(h[:, :, row, column], (8,)))
+            expected = F.layer_norm(h[:, :, row, column], (8,))
+            torch.testing.assert_close(mu[:, 4 * row + column], expected)
 
 
 def test_decode_puts_token_t_where_encode_took_it_from():
@@ -59,8 +62,9 @@ def test_downsampling_pads_right_and_bottom():
     h = torch.randn(1, 1, 4, 4)
     rows = torch.cat([h, torch.zeros(1, 1, 1, 4)], 2)
     padded = torch.cat([rows, torch.zeros(1, 1, 5, 1)], 3)
-    slow = torch.stack([(padded[0, 0, 2 * i:2 * i + 3, 2 * j:2 * j + 3] * down.weight[0, 0]).sum() + down.bias[0]
-                        for i in range(2) for j in range(2)]).view(1, 1, 2, 2)
+    windows = [padded[0, 0, 2 * i:2 * i + 3, 2 * j:2 * j + 3] for i in range(2) for j in range(2)]
+    sums = [(window * down.weight[0, 0]).sum() + down.bias[0] for window in windows]
+    slow = torch.stack(sums).view(1, 1, 2, 2)
     torch.testing.assert_close(down(h), slow)
 
 

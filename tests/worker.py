@@ -1,7 +1,7 @@
 """What test_train.py runs in one process, and in two by  torchrun ... worker.py FOLDER
 
-FOLDER/jobs.json is a table: name -> [function below, options of train.py]. Each process saves what it gets as
-FOLDER/NAME.RANK. One start for all jobs, as starting takes longer than any of them.
+FOLDER/jobs.json is a table: name -> [function below, options of train.py]. Each process saves what
+it gets as FOLDER/NAME.RANK. One start for all jobs, as starting takes longer than any of them.
 """
 import json
 import os
@@ -16,15 +16,16 @@ import train
 
 
 def make(options, process):
-    """A trainer whose weights are far from their initial zeros, and its share of the first batch."""
+    """A trainer whose weights are far from their initial zeros, and its share of the first
+    batch."""
     config = parse_options(Config, options, '', PRESETS)
     process.compile = bool(config.compile)
     trainer = train.Trainer(config, 10, process)
     g = torch.Generator().manual_seed(0)
     for p in trainer.model.parameters():
         p.data += 0.02 * torch.randn(p.shape, generator=g)
-    image, y, _ = next(batches(open_data('shapes'), config.image_size, config.batch_size, 0, False, 0, 1,
-                               process.rank, process.world))
+    image, y, _ = next(batches(open_data('shapes'), config.image_size, config.batch_size, 0, False,
+                               0, 1, process.rank, process.world))
     return trainer, image, y
 
 
@@ -34,17 +35,19 @@ def gradients(options, process=None):
     trainer.update = lambda terms, lr: None
     trainer.train_step(image, y, lr=1e-3)
     parts = {'model': trainer.model, 'disc': getattr(trainer, 'disc', torch.nn.Module())}
-    return {f'{part}.{name}': p.grad for part in parts for name, p in parts[part].named_parameters()}
+    return {f'{part}.{name}': p.grad
+            for part in parts for name, p in parts[part].named_parameters()}
 
 
 def skip(options, process):
-    """Four steps of two runs: in one, the noise is infinite at step 2 in the last process only; the other has no step 2.
-    -> what the trainer has after each"""
+    """Four steps of two runs: in one, the noise is infinite at step 2 in the last process only; the
+    other has no step 2. -> what the trainer has after each"""
     draw, states = train.draw_noise, []
 
     def bad_draw(config, classes, step, labels, process):
         noise, labels = draw(config, classes, step, labels, process)
-        return noise * (float('inf') if step == 2 and process.rank == process.world - 1 else 1), labels
+        last = process.rank == process.world - 1
+        return noise * (float('inf') if step == 2 and last else 1), labels
     train.draw_noise = bad_draw
     for leave_out in (False, True):
         trainer, image, y = make(options, process)
@@ -52,7 +55,8 @@ def skip(options, process):
             if step == 2 and leave_out:
                 trainer.step += 1
                 weight = 1 - train.ema_decay(trainer.config, step)
-                torch._foreach_lerp_(list(trainer.ema.parameters()), list(trainer.model.parameters()), weight)
+                ema, model = trainer.ema.parameters(), trainer.model.parameters()
+                torch._foreach_lerp_(list(ema), list(model), weight)
             else:
                 trainer.train_step(image, y, lr=1e-3)
         states.append(trainer.state())
@@ -62,8 +66,10 @@ def skip(options, process):
 
 if __name__ == '__main__':
     folder, here = sys.argv[1], find_process('cpu')
-    sys.setswitchinterval(20)                                      # gloo's threads wait long for Python: see leave_processes
+    # gloo's threads wait long for Python: see leave_processes
+    sys.setswitchinterval(20)
     with open(os.path.join(folder, 'jobs.json')) as f:
         jobs = json.load(f)
     for job, (function, arguments) in jobs.items():
-        torch.save({'gradients': gradients, 'skip': skip}[function](arguments, here), f'{folder}/{job}.{here.rank}')
+        result = {'gradients': gradients, 'skip': skip}[function](arguments, here)
+        torch.save(result, f'{folder}/{job}.{here.rank}')
