@@ -752,6 +752,7 @@ def refuse_negative(options):
 def whole(path):
     """-> name of a temporary file to write, which then becomes `path`; a failure leaves neither."""
     temporary = f'{path}.{os.urandom(8).hex()}.tmp'
+    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
     try:
         yield temporary
         os.replace(temporary, path)

@@ -91,6 +91,8 @@ class Options:
                 f'numbers need {SPLITS} images or more')
         require(not self.save_ref or self.save_ref.endswith('.npz') and self.ref and not encodes,
                 f'--save_ref {self.save_ref} must end in .npz, and needs a --ref')
+        require(not self.ref or not encodes, '--ref is what samples are compared with; '
+                '--reconstruct, --latents and --classify name their own images')
         require(self.ref_n == 0 or self.ref_n >= SPLITS,
                 f'--ref_n {self.ref_n} must be 0, or {SPLITS} or more')
         require(self.batch_size > 0, f'--batch_size must be positive, not {self.batch_size}')
@@ -613,6 +615,7 @@ def open_images(path, limit, process):
     index, least = subset(len(data), limit), max(SPLITS, process.world)
     if len(index) < least:
         raise UserError(f'{path} has {len(data)} images; the numbers need {least} or more')
+    process.print(f'{path}: {len(index):,} of {len(data):,} images')
     return data, index
 
 

@@ -519,7 +519,7 @@ def find_process(device='', dtype='', compile=None):
         device = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
     try:
         device = torch.device(device)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()                       # not on meta, say
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device {device} can't be used here: {str(e).splitlines()[0]}")
     cuda = device.type == 'cuda'
@@ -593,7 +593,7 @@ def load_checkpoint(path, option='--ckpt', mmap=False):
     except FileNotFoundError:
         raise UserError(f'there is no checkpoint {path}; train one with `python train.py`, or name '
                         f'one with {option}')
-    except DAMAGED as e:
+    except (*DAMAGED, AttributeError) as e:
         raise UserError(f'{path} is not a checkpoint of train.py, or is damaged '
                         f'({type(e).__name__})')
     if newer:
@@ -645,6 +645,8 @@ def check_sampling(config, gamma, guidance='', tol=0.0):
 
 def note_on_guidance(config, class_names, cfg, gamma, guidance):
     """-> a sentence if guidance is asked for where it changes nothing, else ''"""
+    if guidance and not cfg:
+        return f'--guidance {guidance} changes nothing while --cfg is 0'
     needs_classes = not GUIDANCE[guidance or config.guidance].tau or gamma
     if class_names or not (cfg or gamma) or not needs_classes:
         return ''

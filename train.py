@@ -220,7 +220,10 @@ class Trainer:
             if c.align:
                 terms['align'] = alignment(*projected, self.teacher(image))
         terms['nll'], terms['entropy'] = nll.mean(), entropy.mean()
-        terms['mu_std'] = mu.detach().std(0).mean() if len(mu) > 1 else mu.new_zeros(())
+        # Of variances one may take means over any split of the batch, unlike of their roots.
+        terms['mu_std'] = mu.new_zeros(())
+        if len(mu) > 1:
+            terms['mu_std'] = mu.detach().var(0).mean().sqrt()
         flow_loss = c.rate * (terms['nll'] - terms['entropy'])
         if c.align:
             flow_loss = flow_loss + c.repa_weight * terms['align']
@@ -449,7 +452,9 @@ def resume(trainer, data):
 
 def show(value):
     """As it is written on the command line."""
-    return ','.join(map(str, value)) if isinstance(value, (list, tuple)) else value
+    if isinstance(value, (list, tuple)):
+        return ','.join(map(str, value))
+    return int(value) if isinstance(value, bool) else value
 
 
 class Log:
@@ -642,12 +647,15 @@ def train(config, data, process):
     --out holds another run, SystemExit if no step is finite any more."""
     steps = total_steps(config, len(data))
     last = min(steps, config.stop_at or steps)
-    path = os.path.join(config.out, 'log.csv')
-    log = process.rank_0_first(open_log, path, process.rank)
     trainer = Trainer(config, len(data.class_names), process)
     if config.init and not os.path.exists(os.path.join(config.out, 'ckpt.pt')):
         process.print(trainer.start_from(load_checkpoint(config.init, '--init')))
+    # Nothing has been written to --out so far, as much may be wrong until here.
+    path = os.path.join(config.out, 'log.csv')
+    log = process.rank_0_first(open_log, path, process.rank)
     resume(trainer, data)
+    if trainer.step >= last:
+        process.print(f'step {trainer.step} of {last} is done: there is nothing to train')
     if log:
         log.start(['step', *trainer.names, 'skipped', 'lr', *TIMING], trainer.step)
     meter, interrupt = Meter(config, trainer.classes, process), Interrupt()
@@ -664,7 +672,8 @@ def train(config, data, process):
             bar.update()
             stopped = process.max(interrupt.signal)
             ends = trainer.step == last
-            if trainer.step % config.log_interval == 0:
+            # The last row may be of fewer steps.
+            if trainer.step % config.log_interval == 0 or trainer.step == steps:
                 write_row(trainer, log, meter, lr, steps)
             # Before the pictures, as a kill may follow the signal.
             if stopped or ends or is_due(config.save_interval, trainer.step):
@@ -709,7 +718,7 @@ def main(argv):
         process.print(f'stopped by {signal.Signals(stopped).name}; saved {ckpt}, the same command '
                     'resumes from there')
         sys.exit(128 + stopped)                                    # for schedulers: not done yet
-    process.print(f'saved {ckpt}; make images with: python sample.py --ckpt {ckpt}')
+    process.print(f'{ckpt} is complete; make images with: python sample.py --ckpt {ckpt}')
 
 
 if __name__ == '__main__':

@@ -112,7 +112,7 @@ def predict_memory(config, classes, world=1):
 
 def main(argv):
     config = parse_options(Config, argv, 'Predict the memory of a training step.', PRESETS)
-    config.check()
+    dataclasses.replace(config, dry_run=True).check()              # counts WORLD_SIZE
     parts = predict_memory(config, 1000, int(os.environ.get('WORLD_SIZE', 1)))
     print(f'{sum(parts.values()) / 1e9:.2f} GB per process, not compiled; '
           'CUDA, cuDNN and fragmentation take more')

@@ -144,7 +144,7 @@ def test_init_takes_a_whole_model_or_refuses(tmp_path, capsys):
     for a, b in zip(one.parameters(), two.parameters()):
         torch.testing.assert_close(a, b)
     for preset, more, word in [('nano', dict(vae_width=16), '--vae_width 8'),
-                               ('no_norm', {}, '--latent_norm True'),
+                               ('no_norm', {}, '--latent_norm 1'),
                                ('tarflow', {}, '--codec vae')]:
         with pytest.raises(UserError, match=word):
             train.main([*options(preset, steps=1, **more), *start[:3], str(tmp_path / 'three')])

@@ -185,7 +185,7 @@ def test_resume_takes_what_may_change_from_the_command_line(tmp_path, monkeypatc
     train.main([*options, '3', '--lpips', '1'])
     train.main([*options, '4', '--lpips', '0', '--gan_lr', '0.25', '--beta2', '0.5'])
     state = torch.load(tmp_path / 'ckpt.pt', weights_only=True)
-    assert state['step'] == 4 and [row['step'] for row in read_log(tmp_path)] == ['2', '4']
+    assert state['step'] == 4 and [row['step'] for row in read_log(tmp_path)] == ['2', '3', '4']
     assert state['disc_opt']['param_groups'][0]['lr'] == 0.25
     assert state['opt']['param_groups'][0]['betas'] == (0.9, 0.5)
 
