@@ -328,6 +328,28 @@ def open_npz(path):
     return data
 
 
+class Part(Data):
+    """Some images of other data, by their index there."""
+
+    def __init__(self, data, index):
+        super().__init__(data.class_names, data.labels[index])
+        self.data, self.index = data, index
+        self.notes, self.mirror = data.notes, data.mirror
+
+    def name(self, i):
+        return self.data.name(self.index[i])
+
+    def load(self, i):
+        return self.data.load(self.index[i])
+
+
+def hold_out(data, share):
+    """-> two parts, the second with a share of the images, the same ones every time"""
+    order = np.random.default_rng(0).permutation(len(data))
+    n = min(math.ceil(share * len(data)), len(data) - 1)
+    return Part(data, np.sort(order[n:])), Part(data, np.sort(order[:n]))
+
+
 def open_data(name):
     """-> Data. name: one of BUILT_IN, or a folder, zip or npz of images; UserError for others."""
     if name in BUILT_IN:

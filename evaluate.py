@@ -23,7 +23,7 @@ import zipfile
 import zlib
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 import torch
 from torch import nn
 import torch.distributed as dist
@@ -1057,35 +1057,6 @@ def mean_of(values, n, process):
 
 
 # ----------------------------------------------------------------------------------------- output
-
-COLOURS = '#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9'   # Okabe and Ito's
-
-
-def plot(series, x_label, y_label):
-    """Curves, name -> list of (x, y) -> PIL image. Drawn at twice the size, for smooth lines."""
-    points = np.concatenate([np.array(curve) for curve in series.values()])
-    low, high = points.min(0), points.max(0)
-    high = np.where(high > low, high, low + 1)
-    left, bottom, right, top = 160, 840, 1380, 80
-    origin = np.array([left, bottom])
-    scale = (right - left, top - bottom) / (high - low)
-    image = Image.new('RGB', (1440, 960), 'white')
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(28)
-    for value in np.linspace(low, high, 6):
-        x, y = origin + (value - low) * scale
-        draw.line([x, bottom, x, top], '#dddddd', 2)
-        draw.line([left, y, right, y], '#dddddd', 2)
-        draw.text((x, bottom + 12), f'{value[0]:.3g}', 'black', font, anchor='ma')
-        draw.text((left - 12, y), f'{value[1]:.3g}', 'black', font, anchor='rm')
-    draw.text(((left + right) / 2, 930), x_label, 'black', font, anchor='ms')
-    draw.text((left, 48), y_label, 'black', font, anchor='ls')
-    for i, (name, curve) in enumerate(series.items()):
-        colour = COLOURS[i % len(COLOURS)]
-        pixels = origin + (np.array(curve) - low) * scale
-        draw.line(pixels.ravel().tolist(), colour, 5, joint='curve')
-        draw.text((right, top + 12 + 36 * i), name, colour, font, anchor='ra')
-    return image.reduce(2)
-
 
 def cell(value):
     """- is what can't be computed."""

@@ -20,7 +20,7 @@ import typing
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 import torch
 from torch import nn
 import torch.distributed as dist
@@ -122,6 +122,7 @@ class Config:
     data: str = option('imagenet/train', 'shapes, cifar10, fashion_mnist, or a folder, zip or npz')
     out: str = option('out', 'output directory; an unfinished run found there is resumed')
     image_size: int = option(256, 'pixels per side')
+    holdout: float = option(0.0, 'share of the images to measure on, and not to train on')
     flip: bool | None = option(None, 'random mirror images; default: where the data allows')
     workers: int = option(8, 'data loading processes per GPU')
 
@@ -168,6 +169,7 @@ class Config:
     epochs: int = option(160, 'passes over the data, unless --steps is positive')
     steps: int = option(0, 'optimisation steps; 0: as many as the epochs take')
     stop_at: int = option(0, 'stop (and save) at this step, schedule unchanged; 0: run to the end')
+    optimizer: str = option('adamw', 'adamw, or muon: for hidden matrices, the rest by AdamW')
     lr: float = option(1e-4, 'learning rate')
     lr_end: float = option(1e-6, 'learning rate at the end')
     warmup: int = option(0, 'steps of linear warm-up')
@@ -266,7 +268,7 @@ class Config:
 
 POSITIVE = ('image_size latent_dim vae_width vae_patch width heads gan_width gan_layers batch_size '
             'grad_accum lr clip log_interval repa_block repa_layer repa_width').split()
-SHARES = 'class_drop constant ema beta2'.split()
+SHARES = 'class_drop constant ema beta2 holdout'.split()
 # A row is what differs from Config's defaults, which are XXL's (SimFlow Tables 8 and 9).
 # nano is for a CPU. Patches of 4 pixels make its VAE small, and 64 tokens of 16 channels are easier
 # to learn for it than 16 of 64. Without a perceptual loss the pixel error needs the larger weight.
@@ -432,7 +434,7 @@ def detached_pass(flow, inputs, z, y, block):
 ALIGN = {'': None, 'forward': forward_pass, 'reverse': detached_pass,
          'reverse_through': generative_pass}
 TABLES = {'codec': CODECS, 'noise': NOISE, 'prior': PRIORS, 'guidance': GUIDANCE, 'align': ALIGN,
-          'freeze': ('', 'encoder', 'vae')}
+          'freeze': ('', 'encoder', 'vae'), 'optimizer': ('adamw', 'muon')}
 
 
 # --------------------------------------------------------------------- processes and random numbers
@@ -704,6 +706,35 @@ def grid(images, columns):
     canvas[:n] = images
     canvas = canvas.reshape(rows, columns, h, w, 3).transpose(0, 2, 1, 3, 4)
     return Image.fromarray(canvas.reshape(rows * h, columns * w, 3))
+
+
+COLOURS = '#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9'   # Okabe and Ito's
+
+
+def plot(series, x_label, y_label):
+    """Curves, name -> list of (x, y) -> PIL image. Drawn at twice the size, for smooth lines."""
+    points = np.concatenate([np.array(curve) for curve in series.values()])
+    low, high = points.min(0), points.max(0)
+    high = np.where(high > low, high, low + 1)
+    left, bottom, right, top = 160, 840, 1380, 80
+    origin = np.array([left, bottom])
+    scale = (right - left, top - bottom) / (high - low)
+    image = Image.new('RGB', (1440, 960), 'white')
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(28)
+    for value in np.linspace(low, high, 6):
+        x, y = origin + (value - low) * scale
+        draw.line([x, bottom, x, top], '#dddddd', 2)
+        draw.line([left, y, right, y], '#dddddd', 2)
+        draw.text((x, bottom + 12), f'{value[0]:.3g}', 'black', font, anchor='ma')
+        draw.text((left - 12, y), f'{value[1]:.3g}', 'black', font, anchor='rm')
+    draw.text(((left + right) / 2, 930), x_label, 'black', font, anchor='ms')
+    draw.text((left, 48), y_label, 'black', font, anchor='ls')
+    for i, (name, curve) in enumerate(series.items()):
+        colour = COLOURS[i % len(COLOURS)]
+        pixels = origin + (np.array(curve) - low) * scale
+        draw.line(pixels.ravel().tolist(), colour, 5, joint='curve')
+        draw.text((right, top + 12 + 36 * i), name, colour, font, anchor='ra')
+    return image.reduce(2)
 
 
 # -------------------------------------------------------------------------------------- the teacher

@@ -11,6 +11,7 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import datetime
 import math
 import os
 import signal
@@ -23,11 +24,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import UserError, batches, cli, open_data, parse_options
+from data import UserError, batches, cli, hold_out, open_data, parse_options
 from flow import Layer
 from model import (DIFFUSION, PRESETS, RECON, TRAIN, Aligned, Config, SimFlow, alignment,
                    find_process, from_uint8, generator, grid, load_checkpoint, load_teacher,
-                   mix_seed, sample_images, to_uint8, with_weights_in)
+                   mix_seed, plot, sample_images, to_uint8, with_weights_in)
 from vae import VAE, Discriminator, adaptive_weight, hinge, load_lpips
 
 try:
@@ -40,7 +41,7 @@ CODEC_OPTIONS = 'codec latent_dim latent_norm vae_width vae_mults vae_patch'.spl
 # Resuming with another value of these would not be the same run.
 FIXED_OPTIONS = CODEC_OPTIONS + (
     'image_size sigma noise prior width heads layers freeze align repa repa_block repa_layer '
-    'repa_width gan_width gan_layers batch_size seed').split()
+    'repa_width gan_width gan_layers batch_size seed optimizer holdout').split()
 # Dense bf16 FLOP/s, for the column mfu of the log.
 PEAK = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12, 'L40S': 362e12, '4090': 165e12}
 # The share of it that is useful work of VAE and flow: from the GPU time of a compiled step of S and
@@ -102,7 +103,12 @@ class Trainer:
                 self.model = SimFlow(config, classes)
         self.model.to(memory_format=torch.channels_last)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
-        self.opt = adamw(self.model, config.lr, config.beta2, config.weight_decay)
+        hidden = hidden_weights(self.model) if config.optimizer == 'muon' else []
+        own = {id(weight) for weight, _ in hidden}
+        others = [p for p in self.model.parameters() if id(p) not in own]
+        self.opts = {'opt': adamw(others, config.lr, config.beta2, config.weight_decay)}
+        if hidden:
+            self.opts['muon'] = Muon(hidden, config.lr, process.dtype)
         for module in self.model.modules():
             module.grad_ckpt = config.grad_ckpt
         self.ddp = process.distribute(self.model)
@@ -116,7 +122,7 @@ class Trainer:
             with process.device:
                 self.disc = Discriminator(config.gan_width, config.gan_layers)
             self.disc.to(memory_format=torch.channels_last)
-            self.disc_opt = adamw(self.disc, config.gan_lr, 0.999)
+            self.disc_opt = adamw(self.disc.parameters(), config.gan_lr, 0.999)
             self.disc_ddp = process.distribute(self.disc)
             self.ddps.append(self.disc_ddp)
             self.names += ['gan', 'd_weight', 'd_loss', 'logits_real', 'logits_fake', 'd_grad_norm']
@@ -181,7 +187,8 @@ class Trainer:
         return {name: torch.stack([v[name] for v in values]).mean() for name in values[0]}
 
     def optimizers(self):
-        return [self.opt, self.disc_opt] if self.adversarial else [self.opt]
+        opts = list(self.opts.values())
+        return opts + [self.disc_opt] if self.adversarial else opts
 
     def can_replay(self):
         """Can a step be one CUDA graph? Not before its parts are compiled, not in several
@@ -282,7 +289,9 @@ class Trainer:
         is_first = skip & (self.skipped == 0)
         self.broken = torch.where(is_first, broken, self.broken)
         self.broken_step = torch.where(is_first, self.step, self.broken_step)
-        self.opt.param_groups[0]['lr'] = lr
+        for opt in self.opts.values():
+            for group in opt.param_groups:
+                group['lr'] = lr
         for opt in self.optimizers():
             opt.found_inf = skip.float()                           # fused kernels skip if it is 1,
             if self.process.device.type != 'mps' or not skip:      # but a Mac's does not look
@@ -341,7 +350,7 @@ class Trainer:
 
     def parts(self):
         """-> name -> what has a state_dict"""
-        parts = {'model': self.model, 'ema': self.ema, 'opt': self.opt}
+        parts = {'model': self.model, 'ema': self.ema} | self.opts
         if self.config.gan:
             parts |= {'disc': self.disc, 'disc_opt': self.disc_opt}
         return parts
@@ -387,9 +396,70 @@ class StepGraph:
         return dict(self.terms)
 
 
-def adamw(module, lr, beta2, weight_decay=0.0):
-    trained = [p for p in module.parameters() if p.requires_grad]
+def adamw(weights, lr, beta2, weight_decay=0.0):
+    trained = [w for w in weights if w.requires_grad]
     return torch.optim.AdamW(trained, lr, (0.9, beta2), weight_decay=weight_decay, fused=True)
+
+
+def hidden_weights(model):
+    """-> (weight, matrices that are stacked in it) pairs, of what Muon trains: matrices of the
+    flow's layers, and convolutions but for those of few channels on a side."""
+    pairs = []
+    for module in model.modules():
+        if isinstance(module, Layer):
+            pairs += [(module.attn.qkv.weight, 3), (module.attn.proj.weight, 1),
+                      (module.mlp[0].weight, 1), (module.mlp[2].weight, 1)]
+        elif isinstance(module, nn.Conv2d) and min(module.weight.shape[:2]) > 16:
+            pairs.append((module.weight, 1))
+    return [(weight, parts) for weight, parts in pairs if weight.requires_grad]
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, its matrices orthogonalised, so that a step moves all directions equally far
+    (Jordan et al. 2024, kellerjordan.github.io/posts/muon). No weight decay.
+
+    weights: pairs of `hidden_weights`; a convolution is the matrix (out, in * k * k).  dtype: of
+    the products.  A step is about as long as AdamW's, so that learning rates fit (Liu et al. 2025,
+    arXiv:2502.16982).  found_inf: a tensor; 1 skips the step, as torch's fused optimizers do.
+    """
+    MOMENTUM = 0.95
+
+    def __init__(self, weights, lr, dtype):
+        groups = {}                                                # of one shape: one product each
+        for weight, parts in weights:
+            group = groups.setdefault((weight.shape, parts), {'params': [], 'parts': parts})
+            group['params'].append(weight)
+        super().__init__(list(groups.values()), {'lr': lr})
+        self.dtype, self.found_inf = dtype, torch.zeros((), device=weights[0][0].device)
+
+    @torch.no_grad()
+    def step(self):
+        skip = self.found_inf > 0
+        for group in self.param_groups:
+            weights, parts = group['params'], group['parts']
+            grad = torch.stack([w.grad for w in weights])          # (n, parts * rows, ...)
+            grad = grad.flatten(2).unflatten(1, (parts, -1)).flatten(0, 1)
+            state = self.state[weights[0]]                         # of the whole group
+            old = state.get('momentum', torch.zeros_like(grad))    # (n * parts, rows, columns)
+            new = old.lerp(grad, 1 - self.MOMENTUM)
+            state['momentum'] = torch.where(skip, old, new)
+            step = orthogonalize(grad.lerp(new, self.MOMENTUM), self.dtype)      # Nesterov's
+            step = step * (0.2 * math.sqrt(max(grad.shape[1:])))
+            step = torch.where(skip, 0, step).reshape(len(weights), *weights[0].shape)
+            torch._foreach_add_(weights, list(step), alpha=-group['lr'])
+
+
+def orthogonalize(matrices, dtype):
+    """(n, rows, columns) -> the same, float32, all singular values between about 0.7 and 1.2: five
+    steps of Newton and Schulz by the quintic of Jordan et al."""
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices                          # the smaller products
+    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
+    for _ in range(5):
+        a = x @ x.mT
+        b = torch.baddbmm(a, a, a, beta=-4.775, alpha=2.0315)
+        x = torch.baddbmm(x, b, x, beta=3.4445)
+    return (x.mT if tall else x).float()
 
 
 # ----------------------------------------------------------------------------------- files and logs
@@ -482,30 +552,85 @@ class Log:
         self.file.truncate(0)
         self.writer = csv.DictWriter(self.file, columns, extrasaction='ignore')
         self.writer.writeheader()
-        self.writer.writerows(row for row in rows if row.get('step', '').isdecimal()
-                              and int(row['step']) <= step)
+        self.rows = [row for row in rows if row.get('step', '').isdecimal()
+                     and int(row['step']) <= step]
+        self.writer.writerows(self.rows)
         self.file.flush()
 
     def write(self, row):
-        self.writer.writerow({k: f'{v:.6g}' if isinstance(v, float) else v
-                              for k, v in row.items()})
+        row = {k: f'{v:.6g}' if isinstance(v, float) else str(v) for k, v in row.items()}
+        self.rows.append(row)
+        self.writer.writerow(row)
         self.file.flush()
+
+    def draw(self, path):
+        """The curves of PANELS as a PNG, without the first rows, which would flatten the rest."""
+        panels = []
+        for names in PANELS:
+            curves = {}
+            for name in names.split():
+                points = [(float(row['step']), float(row[name])) for row in self.rows
+                          if row.get(name)]
+                points = [p for p in points[len(points) // 10:] if math.isfinite(p[1])]
+                if any(value for _, value in points):              # not of terms that are off
+                    curves[name] = points
+            if curves:
+                panels.append(np.asarray(plot(curves, 'step', '')))
+        if panels:
+            grid(np.stack(panels), 2).save(path)
+
+
+# Of log.png: terms of one size share one.
+PANELS = ('l1 l2 lpips', 'nll val_nll', 'mu_std val_mu_std', 'val_psnr', 'grad_norm', 'd_loss gan')
+
+
+CFG = 2.0                                                          # of guided pictures
+HELD_OUT = 512                                                     # images, at most
+
+
+@torch.no_grad()
+def validate(trainer, held):
+    """Held-out images under the averaged weights -> their nll in nats per latent dimension, less
+    0.5 log(2 pi), the PSNR of decode(mu + sigma * noise) in dB, and the std of mu over images."""
+    c, process, model = trainer.config, trainer.process, trainer.ema
+    size = c.batch_size // c.grad_accum
+    steps = max(1, min(len(held), HELD_OUT) // size)
+    torch.manual_seed(mix_seed(DIFFUSION, c.seed))
+    g = generator(process.device, RECON, c.seed)
+    values = []
+    for image, y, _ in batches(held, c.image_size, size, c.seed, flip=False, start=0, steps=steps,
+                               rank=process.rank, world=process.world):
+        image, y = from_uint8(image.to(process.device)), y.to(process.device)
+        noise = torch.randn(size, *model.flow.shape, generator=g, device=process.device)
+        with process.autocast():
+            recon, nll, _, mu = model(image, y, noise.chunk(process.world)[process.rank])[:4]
+        error = (recon.clamp(-1, 1) - image).square().mean((1, 2, 3))
+        psnr = 10 * torch.log10(4 / error.clamp(min=1e-10))
+        spread = mu.var(0, correction=0).mean()
+        values.append(torch.stack([nll.mean(), psnr.mean(), spread]))
+    values = torch.stack(values).mean(0)
+    process.mean(values)
+    nll, psnr, spread = values.tolist()
+    return {'val_nll': nll, 'val_psnr': psnr, 'val_mu_std': math.sqrt(spread)}
 
 
 def save_pictures(trainer, data):
-    """samples_*.png: EMA weights, noise that never changes, one row per class. recon_*.png:
-    originals above the raw model's reconstructions of them, noise and all. Every process draws its
-    share of the samples."""
+    """samples_*.png: EMA weights, noise that never changes, one row per class; at the right the
+    same, guided. recon_*.png: originals above the raw model's reconstructions of them, noise and
+    all. Every process draws its share of the samples."""
     config, process, step = trainer.config, trainer.process, trainer.step
     trainer.graph = None                                           # its memory is needed here
     rows = min(10, trainer.classes) or 4
     labels = (torch.arange(rows) * trainer.classes // rows).repeat_interleave(8)
     share = math.ceil(len(labels) / process.world)
     ema = with_weights_in(process.dtype, trainer.ema)
-    images = list(sample_images(ema, labels, config.seed, process, batch_size=share))
+    halves = []
+    for cfg in (0.0, CFG) if trainer.classes else (0.0,):
+        images = list(sample_images(ema, labels, config.seed, process, share, cfg))
+        halves.append(grid(np.concatenate(images), 8))
     if process.rank:
         return
-    grid(np.concatenate(images), 8).save(os.path.join(config.out, f'samples_{step:07d}.png'))
+    grid(np.stack(halves), 2).save(os.path.join(config.out, f'samples_{step:07d}.png'))
     pixels, *_ = next(batches(data, config.image_size, 16, config.seed, flip=False, start=0,
                               steps=1))
     noise = torch.randn(16, *trainer.model.flow.shape,
@@ -590,10 +715,12 @@ class Interrupt:
 
 
 class Meter:
-    """Where the time goes: images per second, share spent waiting for data, FLOP utilisation."""
+    """Where the time goes: images per second, share spent waiting for data, FLOP utilisation; and
+    how much of the GPU's memory was needed."""
 
     def __init__(self, config, classes, process):
-        known = process.device.type == 'cuda' and process.dtype == torch.bfloat16
+        self.cuda = process.device.type == 'cuda'
+        known = self.cuda and process.dtype == torch.bfloat16
         name = torch.cuda.get_device_name() if known else ''
         peak = max([flops for gpu, flops in PEAK.items() if gpu in name], default=0)
         self.peak = peak and peak * process.world / train_flops(config, classes)   # images/s
@@ -611,29 +738,36 @@ class Meter:
         return batch
 
     def row(self):
-        """Since the last call. mfu is empty where the peak of the device is not known."""
+        """Since the last call; the peak of memory since the start. Empty where not known."""
         seconds = time.perf_counter() - self.start
         rate = self.steps * self.batch_size / seconds
-        row = {'images_per_s': rate, 'data_wait': self.waited / seconds,
-               'mfu': rate / self.peak if self.peak else ''}
+        row = {'images_per_s': rate, 'data_wait': self.waited / seconds, 'mfu': '', 'peak_gb': ''}
+        if self.peak:
+            row['mfu'] = rate / self.peak
+        if self.cuda:
+            row['peak_gb'] = torch.cuda.max_memory_allocated() / 1e9
         self.reset()
         return row
 
 
-TIMING = ['images_per_s', 'data_wait', 'mfu']
+TIMING = ['images_per_s', 'data_wait', 'mfu', 'peak_gb']
+VALIDATION = ['val_nll', 'val_psnr', 'val_mu_std']
 
 
 def open_log(path, rank):
     return Log(path) if rank == 0 else None
 
 
-def write_row(trainer, log, meter, lr, steps):
-    """Averages since the last row, to the log and to the terminal."""
-    row = {'step': trainer.step} | trainer.row() | {'lr': lr} | meter.row()
+def write_row(trainer, log, meter, lr, steps, measured):
+    """Averages since the last row, and what was `measured` now, to the log and to the terminal."""
+    row = {'step': trainer.step} | trainer.row() | {'lr': lr} | measured | meter.row()
     if log:
         log.write(row)
-    shown = [f'{name} {row[name]:.4g}' for name in [*trainer.names, 'images_per_s', 'data_wait']
-             if row[name]]
+    names = [*trainer.names, *measured, 'images_per_s', 'data_wait', 'peak_gb']
+    shown = [f'{name} {row[name]:.4g}' for name in names if row[name]]
+    left = (steps - trainer.step) * trainer.config.batch_size / row['images_per_s']
+    if left:
+        shown.append(f'left {datetime.timedelta(seconds=round(left))}')
     trainer.process.print('  '.join([f'step {trainer.step}/{steps}', *shown]))
 
 
@@ -645,6 +779,7 @@ def is_due(interval, step):
 def train(config, data, process):
     """Train to the end, to --stop_at or to a signal -> the signal's number, or 0. UserError if
     --out holds another run, SystemExit if no step is finite any more."""
+    data, held = hold_out(data, config.holdout)
     steps = total_steps(config, len(data))
     last = min(steps, config.stop_at or steps)
     trainer = Trainer(config, len(data.class_names), process)
@@ -657,7 +792,7 @@ def train(config, data, process):
     if trainer.step >= last:
         process.print(f'step {trainer.step} of {last} is done: there is nothing to train')
     if log:
-        log.start(['step', *trainer.names, 'skipped', 'lr', *TIMING], trainer.step)
+        log.start(['step', *trainer.names, *VALIDATION, 'skipped', 'lr', *TIMING], trainer.step)
     meter, interrupt = Meter(config, trainer.classes, process), Interrupt()
     flip = data.mirror if config.flip is None else config.flip
     feed = batches(data, config.image_size, config.batch_size, config.seed, flip, trainer.step,
@@ -672,14 +807,20 @@ def train(config, data, process):
             bar.update()
             stopped = process.max(interrupt.signal)
             ends = trainer.step == last
+            done, draws = trainer.step == steps, is_due(config.sample_interval, trainer.step)
+            measured = {}
+            if len(held) and (draws or done):
+                measured = validate(trainer, held)
             # The last row may be of fewer steps.
-            if trainer.step % config.log_interval == 0 or trainer.step == steps:
-                write_row(trainer, log, meter, lr, steps)
+            if measured or done or is_due(config.log_interval, trainer.step):
+                write_row(trainer, log, meter, lr, steps, measured)
             # Before the pictures, as a kill may follow the signal.
             if stopped or ends or is_due(config.save_interval, trainer.step):
                 save(trainer, data)
-            if config.sample_interval and (ends or is_due(config.sample_interval, trainer.step)):
+            if draws or ends and config.sample_interval:
                 save_pictures(trainer, data)
+                if log:
+                    log.draw(os.path.join(config.out, 'log.png'))
     return stopped
 
 

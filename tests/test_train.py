@@ -18,9 +18,10 @@ import pytest
 import torch
 
 from conftest import ROOT
-from data import UserError, cli, parse_options
+from data import Part, UserError, batches, cli, hold_out, open_data, parse_options
 from memory import predict_memory
-from model import PRESETS, Config, Process, SimFlow, load_model
+from model import (PRESETS, RECON, Config, Process, SimFlow, from_uint8, generator,
+                   load_model)
 import train
 from vae import LPIPS, Discriminator
 
@@ -62,7 +63,8 @@ def same(a, b):
 # ------------------------------------------------------------------------------------------- resume
 
 @pytest.mark.parametrize('extra', [
-    ['--gan_adaptive', '0'], ['--gan_start', '3', '--grad_accum', '2']])
+    ['--gan_adaptive', '0'], ['--gan_start', '3', '--grad_accum', '2'],
+    ['--optimizer', 'muon', '--vae_width', '20']])
 def test_resume_is_bit_exact(tmp_path, monkeypatch, capsys, extra):
     """20 + 20 steps are 40, whatever is cut: the log's averages too, of which one spans the cut and
     a skipped step."""
@@ -360,6 +362,112 @@ def test_ema_is_warmed_up_and_is_the_recursion(tmp_path):
         decay = min(0.3, (1 + step) / (10 + step))
         ema = decay * ema + (1 - decay) * state['model'][name]
         torch.testing.assert_close(state['ema'][name], ema)
+
+
+# --------------------------------------------------------------------------------------------- Muon
+
+def slow_muon(weight, grads, parts, lr):
+    """By the definition, in float64, one matrix after the other: weight after these gradients."""
+    weight = weight.double().clone()
+    for part in range(parts):
+        rows = len(weight) // parts
+        own = weight[part * rows:(part + 1) * rows]
+        momentum = 0
+        for grad in grads:
+            g = grad[part * rows:(part + 1) * rows].double().flatten(1)
+            momentum = 0.95 * momentum + 0.05 * g
+            x = 0.05 * g + 0.95 * momentum
+            x = x / x.norm()
+            for _ in range(5):
+                a = x @ x.T
+                x = 3.4445 * x - 4.775 * a @ x + 2.0315 * a @ a @ x
+            own -= lr * 0.2 * max(x.shape) ** 0.5 * x.view_as(own)
+    return weight
+
+
+def test_muon_is_its_definition():
+    """Against float64. 15 products of float32, each with a relative error of about 1e-6 for sums of
+    some ten numbers, amplified at most 3.4445 times in each of 5 steps where a singular value is
+    small: 1e-6 * 3.4445^5 = 5e-4 of a step."""
+    model = SimFlow(parse_options(Config, TINY + ['--vae_width', '20'], '', PRESETS), 10)
+    pairs = train.hidden_weights(model)
+    assert {parts for _, parts in pairs} == {1, 3} and {w.dim() for w, _ in pairs} == {2, 4}
+    before = [weight.detach().clone() for weight, _ in pairs]
+    muon = train.Muon(pairs, 0.1, torch.float32)
+    g = torch.Generator().manual_seed(0)
+    grads = [[torch.randn(w.shape, generator=g) for w, _ in pairs] for _ in range(3)]
+    for step in grads:
+        for (weight, _), grad in zip(pairs, step):
+            weight.grad = grad
+        muon.step()
+        muon.found_inf = torch.ones(())                            # is to be as if it never was
+        for weight, _ in pairs:
+            weight.grad = torch.full_like(weight, float('nan'))
+        muon.step()
+        muon.found_inf = torch.zeros(())
+    for i, (weight, parts) in enumerate(pairs):
+        slow = slow_muon(before[i], [step[i] for step in grads], parts, 0.1)
+        length = (slow - before[i]).abs().max()
+        assert (weight - slow).abs().max() < 1e-3 * length
+
+
+def test_what_muon_trains():
+    """Neither adaLN, heads, embeddings, norms, biases, the flow's first layers, nor convolutions to
+    or from few channels."""
+    model = SimFlow(parse_options(Config, ['--vae_width', '32'], '', PRESETS), 10)
+    own = {id(weight) for weight, _ in train.hidden_weights(model)}
+    names = {name for name, p in model.named_parameters() if id(p) in own}
+    flow = {name for name in names if name.startswith('flow.')}
+    assert len(flow) == 4 * sum(PRESETS['nano']['layers'])
+    assert all('.attn.' in name or '.mlp.' in name for name in flow)
+    vae = {name for name, p in model.vae.named_parameters() if p.dim() == 4}
+    assert {f'vae.{name}' for name in vae} - names == {
+        name for name, p in model.named_parameters() if p.dim() == 4 and 16 in p.shape[:2]}
+    assert not any(name.endswith('bias') for name in names)
+
+
+# ------------------------------------------------------------------------------------ held-out images
+
+def test_held_out_images_are_never_trained_on_and_always_the_same():
+    data = open_data('shapes')
+    train_part, held = hold_out(data, 0.02)
+    assert len(train_part) + len(held) == len(data) and len(held) == 0.02 * len(data)
+    assert not set(train_part.index) & set(held.index)
+    assert (hold_out(data, 0.02)[1].index == held.index).all()
+    assert set(held.labels) == set(data.labels)
+    i = held.index[3]
+    assert held.load(3).tobytes() == data.load(i).tobytes() and held.labels[3] == data.labels[i]
+    nothing = hold_out(data, 0)
+    assert [len(part) for part in nothing] == [len(data), 0]
+    assert len(hold_out(Part(data, np.arange(1)), 0.5)[0]) == 1    # something is left to train on
+
+
+def test_what_held_out_images_say(tmp_path):
+    """nll, PSNR and std of mu are those of the model that was saved, and log.png is drawn."""
+    options = TINY + ['--steps', '6', '--log_interval', '4', '--sample_interval', '3',
+                      '--holdout', '0.0005', '--out', str(tmp_path)]
+    train.main(options)
+    rows = read_log(tmp_path)
+    assert [row['step'] for row in rows] == ['3', '4', '6']
+    assert [row['val_nll'] != '' for row in rows] == [True, False, True]
+    model, config, _ = load_model(tmp_path / 'ckpt.pt')
+    held = hold_out(open_data('shapes'), 0.0005)[1]
+    assert len(held) == 50
+    noise = generator('cpu', RECON, 0)
+    nll, psnr, variance = [], [], []
+    for image, y, _ in batches(held, 16, 8, 0, flip=False, start=0, steps=6):
+        image = from_uint8(image)
+        recon, n, _, mu = model(image, y, torch.randn(8, *model.flow.shape, generator=noise))
+        nll.append(n)
+        mse = (recon.clamp(-1, 1) - image).square().mean((1, 2, 3))
+        psnr.append(10 * torch.log10(4 / mse))
+        variance.append(mu.var(0, correction=0).mean())
+    row = rows[-1]
+    assert float(row['val_nll']) == pytest.approx(torch.cat(nll).mean().item(), rel=1e-4)
+    assert float(row['val_psnr']) == pytest.approx(torch.cat(psnr).mean().item(), rel=1e-4)
+    assert float(row['val_mu_std']) == pytest.approx(
+        torch.stack(variance).mean().sqrt().item(), rel=1e-4)
+    assert Image.open(tmp_path / 'log.png').size == (1440, 1440)      # five panels, by two
 
 
 # -------------------------------------------------------------------------------- files and options
