@@ -32,8 +32,8 @@ from tqdm import tqdm
 
 from data import (Unreadable, UserError, cli, crop, fetch, hexdigest, open_data, option,
                   parse_options, refuse_damage, refuse_negative, whole)
-from model import (RECON, check_sampling, find_process, generator, grid, load_model,
-                   note_on_guidance, sample_images, to_uint8, with_weights_in)
+from model import (RECON, TOL, check_sampling, find_process, generator, grid, load_model,
+                   note_on_guidance, plot, sample_images, to_uint8, tolerance, with_weights_in)
 from vae import load_lpips
 
 SPLITS = 10                                # of the Inception score, and thus the fewest images
@@ -56,6 +56,8 @@ class Options:
     cfg: list[float] = option((0.0,), 'guidance weights to sample with, one or more; 0 is off')
     gamma: list[float] = option((0.0,), 'sizes of the score step, one or more; 0 is off')
     guidance: str = option('', "rule of --cfg, a row of GUIDANCE in flow.py; default: checkpoint's")
+    decode: str = option('sequential', 'how the flow is inverted: sequential, or jacobi')
+    tol: float = option(TOL, "jacobi's tolerance, relative change of a token")
     seed: int = option(0, 'random seed')
     features: str = option('inception', 'inception, or random: needs no weights, is not FID')
     weights: str = option('', "Inception's weights; default: downloaded once to torch.hub")
@@ -74,6 +76,7 @@ class Options:
                 raise UserError(sentence)
 
         refuse_negative(self)
+        tolerance(self.decode, self.tol)
         encodes = bool(self.reconstruct or self.latents or self.classify)
         guided = bool(any(self.cfg) or any(self.gamma) or self.guidance)
         tasks = bool(self.reconstruct or self.latents) + bool(self.classify) + guided
@@ -832,7 +835,8 @@ def generate(options, process, trained, cfg, gamma):
     labels = torch.arange(options.num_samples) % max(1, len(trained.class_names))
     start = 0
     for images in sample_images(trained.model, labels, options.seed, process, options.batch_size,
-                                cfg, gamma, guidance=options.guidance):
+                                cfg, gamma, guidance=options.guidance,
+                                tol=tolerance(options.decode, options.tol)):
         mine = np.arange(process.rank, len(images), process.world)
         if len(mine):
             yield start + mine, images[mine]
@@ -999,10 +1003,21 @@ def by_gradient(flow, x):
     """Flowing Backwards' training-free classifier (Chen et al. 2025): x (B, T, D) -> scores
     (B, classes). In every block the class embedding is softmax(l) @ E, at l = 0 the mean of all;
     the answer is the logit that log p(x | l) would raise most. One forward, one backward, whatever
-    the number of classes."""
+    the number of classes. TARFlow is trained with that mean in place of "no class"."""
     with torch.enable_grad():
         logits = x.new_zeros(len(x), flow.null_class, requires_grad=True)
-        log_p = flow.log_prob(*flow(x, logits.softmax(1)))
+        weights = F.pad(logits.softmax(1), (0, 1))                 # none of "no class"
+        log_p = flow.log_prob(*flow(x, weights))
+        return torch.autograd.grad(log_p.sum(), logits)[0]
+
+
+def by_null_gradient(flow, x):
+    """The same where the flow was trained: at "no class" itself, towards each class's embedding
+    (ours)."""
+    with torch.enable_grad():
+        logits = x.new_zeros(len(x), flow.null_class, requires_grad=True)
+        weights = F.pad(logits, (0, 1), value=1.0)
+        log_p = flow.log_prob(*flow(x, weights))
         return torch.autograd.grad(log_p.sum(), logits)[0]
 
 
@@ -1015,11 +1030,12 @@ def by_likelihood(flow, x):
     return torch.stack(scores, dim=1)
 
 
-CLASSIFIERS = {'gradient at softmax(0)': by_gradient, 'largest likelihood': by_likelihood}
+CLASSIFIERS = {'gradient at softmax(0)': by_gradient, 'gradient at no class': by_null_gradient,
+               'largest likelihood': by_likelihood}
 
 
 def classify(options, process, trained):
-    """Tell the classes of --classify's images apart by p(x | class), in two ways. The gradient's
+    """Tell the classes of --classify's images apart by p(x | class), in three ways. The gradients'
     scores have a part that is the same for all images; `centred` is without."""
     path = options.classify
     data, index = open_images(path, options.num_samples, process)
@@ -1141,7 +1157,8 @@ def main(argv):
     dtype = options.dtype
     if options.ckpt:
         trained = Trained(*load_model(options.ckpt))
-        check_sampling(trained.config, any(options.gamma), options.guidance)
+        check_sampling(trained.config, any(options.gamma), options.guidance,
+                       tolerance(options.decode, options.tol))
         dtype = dtype or trained.config.dtype
     process = find_process(options.device, dtype)
     if options.num_samples < process.world:

@@ -51,6 +51,7 @@ class Attention(nn.Module):
 class Layer(nn.Module):
     """Pre-norm attention and MLP, (B, n, C) -> (B, n, C). Shifts, scales and gates come from the
     class, and the zero-initialised gates make a new layer the identity (adaLN-Zero)."""
+    eps = 1e-6                                                     # of LayerNorm
 
     def __init__(self, width, heads, causal):
         super().__init__()
@@ -59,26 +60,33 @@ class Layer(nn.Module):
                                  nn.Linear(4 * width, width))
         self.ada = nn.Linear(width, 6 * width)
 
+    def condition(self, cond):
+        """What is known of the class, (B, C) -> modulation, 6 x (B, 1, C)"""
+        ada = self.ada(cond).float().unsqueeze(1)                  # (B, 1, 6C)
+        shift1, scale1, gate1, shift2, scale2, gate2 = ada.chunk(6, dim=-1)
+        return shift1, 1 + scale1, gate1, shift2, 1 + scale2, gate2
+
     def forward(self, h, modulation, cache=None, window=None):
-        """modulation: of `Transformer.condition`, 6 x (B, 1, C)"""
+        """modulation: what `condition` returned"""
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
         # Only the matrix products are in the dtype of the weights; what lies between them, and the
         # sum h of all layers, stay in float32.
-        dtype = self.ada.weight.dtype
-        r = self.attn(modulate(h, shift1, scale1).to(dtype), cache, window)
+        dtype = self.mlp[0].weight.dtype
+        r = self.attn(modulate(h, shift1, scale1, self.eps).to(dtype), cache, window)
         h = torch.addcmul(h, gate1, r.float())
-        r = self.mlp(modulate(h, shift2, scale2).to(dtype))
+        r = self.mlp(modulate(h, shift2, scale2, self.eps).to(dtype))
         return torch.addcmul(h, gate2, r.float())
 
 
-def modulate(h, shift, scale):
+def modulate(h, shift, scale, eps=1e-6):
     """LayerNorm without affine, then the class's own affine map: h (B, n, C), shift and scale
     (B, 1, C) -> (B, n, C)"""
-    return torch.addcmul(shift, F.layer_norm(h, h.shape[-1:], eps=1e-6), scale)
+    return torch.addcmul(shift, F.layer_norm(h, h.shape[-1:], eps=eps), scale)
 
 
 class Transformer(nn.Module):
     """Tokens (B, n, dim) of a class -> (B, n, out_dim); zero at first, as the head is zero."""
+    Layer = Layer
 
     def __init__(self, dim, out_dim, tokens, width, heads, layers, classes, causal=True):
         super().__init__()
@@ -86,32 +94,30 @@ class Transformer(nn.Module):
         self.grad_ckpt = False                                     # recompute layers in backward?
         self.proj_in = nn.Linear(dim, width)
         self.pos = nn.Parameter(torch.randn(tokens, width) * 0.02)
-        self.classes = nn.Embedding(classes + 1, width)            # the last row is "no class"
-        self.layers = nn.ModuleList(Layer(width, heads, causal) for _ in range(layers))
+        # The last row is "no class". Of std 1, as no paper says otherwise: DiT's 0.02 learned more
+        # slowly in nano.
+        self.classes = nn.Embedding(classes + 1, width)
+        self.layers = nn.ModuleList(self.Layer(width, heads, causal) for _ in range(layers))
         self.ada = nn.Linear(width, 2 * width)
         self.proj_out = nn.Linear(width, out_dim)
-        for module in self.modules():
+        for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.zeros_(self.ada.weight)
+                if name.endswith('ada'):
+                    nn.init.zeros_(module.weight)
         nn.init.zeros_(self.proj_out.weight)
-        for layer in self.layers:
-            nn.init.zeros_(layer.ada.weight)
 
     def condition(self, y, time=0.0):
-        """Class indices y (B,), or weights (B, classes) of all but "no class"; time (B, C) of
-        diffusion -> what each layer and then the head want to know of them: lists of (B, 1, C)"""
+        """Class indices y (B,), or weights (B, classes + 1), the last one of "no class"; time (B, C)
+        of diffusion -> what each layer and then the head want to know of them: lists of (B, 1, C)
+        """
         if y.dim() == 1:
             embedding = self.classes(y)                            # (B, C)
         else:
-            embedding = y @ self.classes.weight[:-1]
+            embedding = y @ self.classes.weight
         cond = F.silu(embedding + time).to(self.ada.weight.dtype)  # (B, C)
-        modulations = []
-        for layer in self.layers:
-            ada = layer.ada(cond).float().unsqueeze(1)             # (B, 1, 6C)
-            shift1, scale1, gate1, shift2, scale2, gate2 = ada.chunk(6, dim=-1)
-            modulations.append((shift1, 1 + scale1, gate1, shift2, 1 + scale2, gate2))
+        modulations = [layer.condition(cond) for layer in self.layers]
         shift, scale = self.ada(cond).float().unsqueeze(1).chunk(2, dim=-1)
         modulations.append((shift, 1 + scale))
         return modulations
@@ -122,8 +128,7 @@ class Transformer(nn.Module):
             pos = self.pos[:x.shape[1]]                            # (n, C)
         else:
             pos = self.pos.index_select(0, window.at)
-        h = self.proj_in(x.to(self.proj_in.weight.dtype))
-        h = h.float() + pos                                        # (B, n, C)
+        h = self.enter(x, pos, modulations[-1])                    # (B, n, C)
         for i, layer in enumerate(self.layers):
             if window is not None:
                 h = layer(h, modulations[i], caches[i], window)
@@ -134,7 +139,15 @@ class Transformer(nn.Module):
                 h = layer(h, modulations[i])
         # What follows, exp and an affine map, would lose too many digits in bfloat16.
         with no_autocast(h.device):
-            return self.proj_out(modulate(h, *modulations[-1]))
+            return self.leave(h, modulations[-1])
+
+    def enter(self, x, pos, modulation):
+        """x (B, n, dim), pos (n, C) -> h (B, n, C)"""
+        return self.proj_in(x.to(self.proj_in.weight.dtype)).float() + pos
+
+    def leave(self, h, modulation):
+        """h (B, n, C) -> (B, n, out_dim)"""
+        return self.proj_out(modulate(h, *modulation))
 
 
 def no_autocast(device):
@@ -204,11 +217,12 @@ class Block(nn.Module):
     backwards: read the grid right to left, bottom to top. Starts as the identity: mean and
     log_scale are 0.
     """
+    Transformer = Transformer
 
     def __init__(self, dim, tokens, width, heads, layers, classes, backwards):
         super().__init__()
         self.backwards = backwards
-        self.transformer = Transformer(dim, 2 * dim, tokens, width, heads, layers, classes)
+        self.transformer = self.Transformer(dim, 2 * dim, tokens, width, heads, layers, classes)
 
     def reorder(self, x):
         """Grid order <-> the order in which this block reads; its own inverse."""
@@ -263,8 +277,7 @@ class Flow(nn.Module):
             for i, n in enumerate(layers))
 
     def forward(self, x, y, inputs=None):
-        """x (B, T, D), y (B,) class indices, or weights (B, classes) -> z (B, T, D), logdet (B,) =
-        log |dz/dx|. A list `inputs` gets each block's input (B, T, D)."""
+        """x (B, T, D), y as in `Transformer.condition` -> z (B, T, D), logdet (B,) = log |dz/dx|. A list `inputs` gets each block's input (B, T, D)."""
         logdet = x.new_zeros(len(x), dtype=torch.float32)
         for block in self.blocks:
             if inputs is not None:
@@ -581,22 +594,93 @@ class VPFlow(Flow):
         return super().sample(z * self.variance.sqrt(), y, cfg, guidance, tol)
 
 
+class TARLayer(Layer):
+    """TARFlow's: learned weights where ours asks the class."""
+    eps = 1e-5
+
+    def __init__(self, width, heads, causal):
+        super().__init__(width, heads, causal)
+        del self.ada
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.register_buffer('gate', torch.ones(width), persistent=False)
+
+    def condition(self, cond):
+        return (self.norm1.bias, self.norm1.weight, self.gate,
+                self.norm2.bias, self.norm2.weight, self.gate)
+
+
+class TARTransformer(Transformer):
+    """TARFlow's: the class is added to the tokens, "no class" is the mean of all classes, and no
+    norm precedes the head. First weights are as in ml-tarflow, but for the head's bias, 0."""
+    Layer = TARLayer
+
+    def __init__(self, dim, out_dim, tokens, width, heads, layers, classes):
+        super().__init__(dim, out_dim, tokens, width, heads, layers, classes)
+        del self.ada
+        self.classes = nn.Embedding(classes, width)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                module.reset_parameters()
+        for parameter in self.proj_out.parameters():
+            nn.init.zeros_(parameter)
+        for weight in (self.pos, self.classes.weight):
+            nn.init.normal_(weight, std=0.01)
+
+    def condition(self, y, time=0.0):
+        if y.dim() == 1:
+            y = F.one_hot(y, self.null_class + 1).float()
+        share = y[:, -1:] / max(1, self.null_class)                # of each class in "no class"
+        embedding = (y[:, :-1] + share) @ self.classes.weight      # (B, C)
+        return [layer.condition(None) for layer in self.layers] + [embedding.unsqueeze(1)]
+
+    def enter(self, x, pos, embedding):
+        return super().enter(x, pos, None) + embedding
+
+    def leave(self, h, embedding):
+        return self.proj_out(h)
+
+
+class TARBlock(Block):
+    Transformer = TARTransformer
+
+
+class TARFlow(Flow):
+    """TARFlow as released, for images in pixels: without adaLN, blocks of one depth."""
+    Block = TARBlock
+
+
+class TARVPBlock(VPBlock):
+    Transformer = TARTransformer
+
+
+class TARVPFlow(VPFlow):
+    Block = TARVPBlock
+
+
 class SiT(Transformer):
     """A diffusion model with the flow's transformer (Ma et al. 2024, arXiv:2401.08740; SimFlow's
     Table 7): all layers in one stack, without the causal mask, time beside the class in adaLN.
 
     It predicts the velocity noise - x of the line (1 - t) x + t noise, 0 < t < 1. In place of a
-    likelihood `nll` has the squared error of that, which is as good to train with.
+    likelihood `nll` has the squared error of that, which is as good to train with. Positions, GELU
+    and first weights are as in the released code, whose t runs the other way.
     """
 
     def __init__(self, dim, tokens, width, heads, layers, classes):
         super().__init__(dim, dim, tokens, width, heads, sum(layers), classes, causal=False)
         self.shape = tokens, dim
         self.time = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+        for weight in (self.classes.weight, self.time[0].weight, self.time[2].weight):
+            nn.init.normal_(weight, std=0.02)
+        for linear in (self.time[0], self.time[2]):
+            nn.init.zeros_(linear.bias)
+        for layer in self.layers:
+            layer.mlp[1] = nn.GELU('tanh')
+        self.pos.requires_grad_(False).copy_(waves(math.isqrt(tokens), width))
 
     def velocity(self, x, t, y):
         """x (B, T, D) at times t (B,), y (B,) -> (B, T, D)"""
-        frequencies = 1000 * 10_000 ** (-torch.arange(128, device=x.device) / 128)
+        frequencies = 10_000 ** (-torch.arange(128, device=x.device) / 128)
         angles = t.unsqueeze(1) * frequencies                      # (B, 128)
         time = self.time(torch.cat([angles.cos(), angles.sin()], dim=1))
         return self(x, self.condition(y, time))
@@ -630,3 +714,13 @@ class SiT(Transformer):
                 v = (v + velocity(z - dt * v, t - dt)) / 2
             z = z - dt * v
         return z
+
+
+def waves(side, width):
+    """-> (side * side, width) sines and cosines of a token's column, then of its row, as DiT has
+    them. width: a multiple of 4."""
+    frequencies = 10_000 ** (-torch.arange(width // 4) / (width // 4))
+    angles = torch.arange(side).unsqueeze(1) * frequencies         # (side, width / 4)
+    table = torch.cat([angles.sin(), angles.cos()], dim=1)         # (side, width / 2)
+    columns, rows = table.repeat(side, 1), table.repeat_interleave(side, 0)
+    return torch.cat([columns, rows], dim=1)

@@ -28,8 +28,8 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import DAMAGED, UserError, fetch, option, refuse_negative
-from flow import GUIDANCE, Flow, SiT, VPFlow, shift
+from data import DAMAGED, UserError, fetch, option, refuse_negative, whole
+from flow import GUIDANCE, Flow, SiT, TARFlow, TARVPFlow, VPFlow, shift
 from vae import LearnedVAE, Pixels, VAE
 
 
@@ -72,18 +72,19 @@ class SimFlow(nn.Module):
         return self.vae.decode(x), nll, learned_entropy(sigma, nll), mu
 
     @torch.no_grad()
-    def generate(self, y, noise, cfg=0.0, gamma=0.0, guidance='', tol=0.0):
+    def generate(self, y, noise, cfg=0.0, gamma=0.0, guidance='', tol=0.0, denoise=None):
         """y (B,), noise (B, T, D) -> images (B, 3, H, W) in [-1, 1]
 
         cfg: w of guidance, a row of GUIDANCE, by default the preset's. gamma: SimFlow's score step
-        (Eq. 6). 0 turns either off. tol: of parallel decoding; 0 goes token by token.
+        (Eq. 6). 0 turns either off. tol: of parallel decoding; 0 goes token by token. denoise: end
+        by TARFlow's step; None: if the preset has it.
         """
         x = self.flow.sample(noise, y, cfg, GUIDANCE[guidance or self.guidance], tol)
         null = torch.full_like(y, self.flow.null_class)
         steps = []
         if gamma:
             steps += [(gamma, y), (-gamma, null)]
-        if self.denoise:
+        if self.denoise if denoise is None else denoise:
             steps.append((self.vae.sigma ** 2, y))
         if steps:
             x = self.flow.score_step(x, steps)
@@ -135,7 +136,8 @@ class Config:
     vae_mults: tuple[int, ...] = option((1, 1, 2, 2, 4), 'multipliers of --vae_width, a number '
                                                          'per level')
     vae_patch: int = option(1, 'pixels per side that the first level takes as one')
-    prior: str = option('flow', 'what models the latents: flow, vp (no scales), or sit (diffusion)')
+    prior: str = option('flow', 'what models the latents: flow, vp (no scales), tarflow, tarflow_vp, or '
+                                'sit (diffusion)')
     width: int = option(1152, "width of the flow's transformers, C")
     heads: int = option(16, 'attention heads')
     layers: tuple[int, ...] = option((2, 2, 2, 2, 2, 46), 'layers of each block, image -> noise')
@@ -144,6 +146,8 @@ class Config:
 
     init: str = option('', 'checkpoint to start from: its codec and, if of one shape, its flow')
     freeze: str = option('', 'what keeps the weights of --init: encoder, or vae (both halves)')
+    unit_std: bool = option(False, 'divide the latents of --init by their std, measured at the '
+                                   'start')
 
     rate: float = option(1.0, 'weight of the rate: nll less the entropy of a learned variance')
     l1: float = option(1.0, 'weight of the absolute pixel error')
@@ -160,8 +164,11 @@ class Config:
     repa_width: int = option(2048, 'width of the MLP between flow and teacher')
     gan: float = option(0.1, 'weight of the adversarial loss; 0 is off')
     gan_start: int = option(0, 'first step with the adversarial loss')
-    gan_adaptive: bool = option(True, 'scale --gan by the ratio of last-layer gradient norms')
+    gan_adaptive: bool = option(False, "scale --gan by the ratio of last-layer gradient norms, "
+                                       "VQGAN's")
     gan_lr: float = option(1e-4, 'learning rate of the discriminator')
+    gan_beta1: float = option(0.9, "first beta of the discriminator's Adam; 0.5 in VQGAN")
+    gan_beta2: float = option(0.999, 'its second; 0.9 in VQGAN')
     gan_width: int = option(64, "channels of the discriminator's first layer")
     gan_layers: int = option(3, "the discriminator's stride-2 layers")
 
@@ -188,6 +195,7 @@ class Config:
     grad_ckpt: bool = option(False, 'recompute activations in backward: slower, less memory')
     log_interval: int = option(100, 'steps between log lines')
     save_interval: int = option(2500, 'steps between checkpoints; 0: only at the end')
+    keep_interval: int = option(0, 'steps between checkpoints that are kept, as ckpt_STEP.pt; 0: none')
     sample_interval: int = option(5000, 'steps between pictures; 0: never')
     dry_run: bool = option(False, 'print the plan and exit')
 
@@ -226,7 +234,8 @@ class Config:
         require(self.image_size >= 3 * 2 ** self.gan_layers or not self.gan,
                 f'--image_size {self.image_size} is too small for --gan_layers {self.gan_layers}')
         require(self.gan_width % 4 == 0, f'--gan_width {self.gan_width} must be a multiple of 4')
-        require(self.beta2 < 1, '--beta2 must be less than 1')
+        for name in ('beta2', 'gan_beta1', 'gan_beta2', 'holdout'):
+            require(values[name] < 1, f'--{name} must be less than 1')
         require(self.l1 + self.l2 > 0 or self.codec == 'pixels',
                 'one of --l1 and --l2 must be positive: nothing else teaches the decoder')
         require(self.epochs + self.steps > 0, 'one of --steps and --epochs must be positive')
@@ -254,6 +263,8 @@ class Config:
                 f'--noise {self.noise} needs a constant variance, not --codec learned')
         require(self.noise not in ('linear', 'slerp') or self.sigma <= 1,
                 f'--noise {self.noise} needs a --sigma of at most 1, not {self.sigma}')
+        require(not self.unit_std or learned and self.freeze,
+                '--unit_std is for --codec learned with --freeze')
         require(not self.freeze or self.init, f'--freeze {self.freeze} needs --init, a checkpoint '
                 f"of its VAE, such as python train.py --model vae{'_learned' * learned}'s")
         require(not (self.freeze == 'vae' and (self.gan or self.lpips)),
@@ -268,7 +279,7 @@ class Config:
 
 POSITIVE = ('image_size latent_dim vae_width vae_patch width heads gan_width gan_layers batch_size '
             'grad_accum lr clip log_interval repa_block repa_layer repa_width').split()
-SHARES = 'class_drop constant ema beta2 holdout'.split()
+SHARES = 'class_drop constant ema beta2 gan_beta1 gan_beta2 holdout'.split()
 # A row is what differs from Config's defaults, which are XXL's (SimFlow Tables 8 and 9).
 # nano is for a CPU. Patches of 4 pixels make its VAE small, and 64 tokens of 16 channels are easier
 # to learn for it than 16 of 64. Without a perceptual loss the pixel error needs the larger weight.
@@ -278,36 +289,51 @@ NANO = dict(data='shapes', image_size=32, latent_dim=16, vae_width=64, vae_mults
             gan_width=32, gan_layers=2, batch_size=32, steps=2500, lr=1e-3, lr_end=2e-5,
             warmup=100, beta2=0.99, ema=0.999, workers=1, log_interval=50, save_interval=250,
             sample_interval=500)
+STAGE_ONE = dict(epochs=80, constant=1.0)
 LEARNED = NANO | dict(codec='learned', sigma=0.0, latent_norm=False)
-# Blocks of equal depth, every one guided, a denoising step at the end.
-TARFLOW = NANO | dict(codec='pixels', latent_dim=48, sigma=0.05, layers=(2, 2, 2, 2), l2=0.0,
-                      guidance='tarflow', denoise=True, beta2=0.95, weight_decay=1e-4)
+# Blocks of equal depth, every one guided, a denoising step at the end. Large ones as published,
+# without average and clipping, and with an epoch of warm-up.
+TAR = dict(codec='pixels', prior='tarflow', vae_mults=(1,), l1=0.0, lpips=0.0, gan=0.0,
+           guidance='tarflow', denoise=True, beta2=0.95, weight_decay=1e-4)
+TARFLOW = NANO | TAR | dict(latent_dim=48, sigma=0.05, layers=(2, 2, 2, 2), l2=0.0)
+TAR = TAR | dict(layers=8 * (8,), width=768, heads=12, constant=0.0, ema=0.0, clip=1e9)
 PRESETS = {
     'nano': NANO,
-    'S': dict(width=384, heads=6, layers=(2, 2, 2, 2, 2, 2)),
-    'B': dict(width=768, heads=12, layers=(2, 2, 2, 2, 2, 2)),
-    'L': dict(width=1024, heads=16, layers=(2, 2, 2, 2, 2, 14)),
-    'XL': dict(width=1152, heads=16, layers=(2, 2, 2, 2, 2, 18)),
+    # The paper compares sizes after its stage I, XXL alone goes through both (Tables 1 and 5).
+    'S': STAGE_ONE | dict(width=384, heads=6, layers=(2, 2, 2, 2, 2, 2)),
+    'B': STAGE_ONE | dict(width=768, heads=12, layers=(2, 2, 2, 2, 2, 2)),
+    'L': STAGE_ONE | dict(width=1024, heads=16, layers=(2, 2, 2, 2, 2, 14)),
+    'XL': STAGE_ONE | dict(width=1152, heads=16, layers=(2, 2, 2, 2, 2, 18)),
     'XXL': dict(width=1152, heads=16, layers=(2, 2, 2, 2, 2, 46)),
     'XXL_repa': dict(align='forward'),
     # What the papers compare with, at nano's size. Noise (SimFlow Table 6):
     'no_noise': NANO | dict(sigma=0.0),                            # collapses
     'linear': NANO | dict(noise='linear'),
     'slerp': NANO | dict(noise='slerp'),
+    'linear_random': NANO | dict(noise='linear_random'),
+    'slerp_random': NANO | dict(noise='slerp_random'),
     # What is learned, and what is trained (Table 10); those that freeze something need --init:
     'no_norm': NANO | dict(latent_norm=False),
     'learned': LEARNED,
     'learned_noise': LEARNED | dict(sigma=0.5),
     'vae': NANO | dict(layers=()),                                 # a VAE alone: stage one
-    'vae_learned': LEARNED | dict(layers=(), rate=0.1),
+    # LDM's weight of the KL: 1e-6 of a sum over latents, beside a sum over pixels
+    'vae_learned': LEARNED | dict(layers=(), rate=1e-7),
     'frozen': NANO | dict(freeze='vae'),
     'frozen_learned': LEARNED | dict(freeze='vae'),
-    'starflow': LEARNED | dict(sigma=0.3, freeze='encoder'),
-    # Flows of pixels (TARFlow), the last one for bits per dimension of grey images:
+    'starflow': LEARNED | dict(sigma=0.3, freeze='encoder', unit_std=True),
+    # Flows of pixels (TARFlow); for bits per dimension of grey and of RGB images; as published:
     'tarflow': TARFLOW,
-    'tarflow_vp': TARFLOW | dict(prior='vp'),
+    'tarflow_vp': TARFLOW | dict(prior='tarflow_vp'),
     'tarflow_bits': TARFLOW | dict(latent_dim=16, noise='uniform', sigma=1 / 255, denoise=False,
                                    dtype='float32'),
+    'cifar_bits': TARFLOW | dict(data='cifar10', vae_patch=2, latent_dim=12, noise='uniform',
+                                 sigma=1 / 255, denoise=False, dtype='float32'),
+    'tarflow64': TAR | dict(image_size=64, vae_patch=2, latent_dim=12, sigma=0.05, epochs=200,
+                            warmup=5000),
+    'tarflow128': TAR | dict(image_size=128, vae_patch=4, latent_dim=48, sigma=0.15, width=1024,
+                             heads=16, batch_size=768, epochs=320, warmup=1700),
+    'tarflow_afhq': TAR | dict(vae_patch=8, latent_dim=192, sigma=0.07, epochs=4000, warmup=57),
     # A teacher for the flow's features (REPA-E; Flowing Backwards), here a random network:
     'repa': NANO | dict(align='forward', repa='random', repa_block=2, repa_width=256),
     'r_repa': NANO | dict(align='reverse', repa='random', repa_weight=0.1, repa_layer=2,
@@ -320,7 +346,7 @@ PRESETS = {
 # ----------------------------------------------------------------------------------------- siblings
 
 CODECS = {'vae': VAE, 'learned': LearnedVAE, 'pixels': Pixels}
-PRIORS = {'flow': Flow, 'vp': VPFlow, 'sit': SiT}
+PRIORS = {'flow': Flow, 'vp': VPFlow, 'tarflow': TARFlow, 'tarflow_vp': TARVPFlow, 'sit': SiT}
 
 
 def build_codec(c):
@@ -332,7 +358,7 @@ def build_codec(c):
 
 
 # Kinds of noise: mu, sigma, eps ~ N(0, I) -> x (SimFlow's Table 6). The paper does not say what its
-# t is; here the noise has std sigma in the first three.
+# t is: here sigma, or random as in l-DeTok (Yang et al. 2025, arXiv:2507.15856), which it cites.
 
 def additive(mu, sigma, eps):
     return mu + sigma * eps
@@ -344,6 +370,22 @@ def linear(mu, sigma, eps):
 
 def slerp(mu, sigma, eps):
     return math.sqrt(1 - sigma ** 2) * mu + sigma * eps
+
+
+def linear_random(mu, sigma, eps):
+    return linear(mu, random_t(eps), eps)
+
+
+def slerp_random(mu, sigma, eps):
+    t = random_t(eps)
+    return (1 - t ** 2).sqrt() * mu + t * eps
+
+
+def random_t(eps):
+    """(B, T, D) -> (B, 1, 1), uniform on (0, 1), without further random numbers: what the mean of
+    so many says of each of them is little."""
+    root = math.sqrt(eps[0].numel())
+    return torch.special.ndtr(root * eps.mean((1, 2), keepdim=True))
 
 
 def uniform(mu, sigma, eps):
@@ -359,7 +401,10 @@ class Noise(NamedTuple):
 
 
 NOISE = {'additive': Noise(additive), 'linear': Noise(linear), 'slerp': Noise(slerp),
-         'uniform': Noise(uniform, math.log(2) - 0.5 * math.log(2 * math.pi))}
+         'uniform': Noise(uniform, math.log(2) - 0.5 * math.log(2 * math.pi)),
+         # Of no one strength, so that there is no rate:
+         'linear_random': Noise(linear_random, math.nan),
+         'slerp_random': Noise(slerp_random, math.nan)}
 
 
 class Aligned(SimFlow):
@@ -389,7 +434,8 @@ def features(block, x, y, layers):
     """x (B, T, D), y (B,) -> (B, T, C) after so many layers of the block's transformer, in grid
     order. They run a second time for that, which costs little as long as they are few."""
     t = block.transformer
-    h, modulations = t.proj_in(block.reorder(x)) + t.pos, t.condition(y)
+    modulations = t.condition(y)
+    h = t.enter(block.reorder(x), t.pos, modulations[-1])
     for layer, modulation in zip(t.layers[:layers], modulations):
         h = layer(h, modulation)
     return block.reorder(h)
@@ -590,6 +636,8 @@ def load_checkpoint(path, option='--ckpt', mmap=False):
         known = dataclasses.asdict(Config())
         for part in state.keys() & {'model', 'ema'}:
             state[part] = {new_name(name): value for name, value in state[part].items()}
+            if state['config'].get('codec') == 'learned':          # older ones lack it
+                state[part].setdefault('vae.std', torch.ones(()))
         newer = [f'--{name}' for name in state['config'] if name not in known]
         state['config'] = known | state['config']                  # which may lack an option
     except FileNotFoundError:
@@ -623,6 +671,17 @@ def load_model(path):
     return model, config, state['class_names']
 
 
+def export(path, out):
+    """Write what sampling, evaluation and --init need of a checkpoint: a quarter of it."""
+    state = load_checkpoint(path, mmap=True)
+    kept = {name: state[name] for name in ('config', 'class_names', 'step')}
+    kept['ema'] = {name: value for name, value in state['ema'].items()
+                   if not name.startswith('projector.')}           # only for training
+    with whole(out) as temporary:
+        torch.save(kept, temporary)
+    print(f'{out}: averaged weights of step {state["step"]:,}, from {path}')
+
+
 def with_weights_in(dtype, model):
     """-> the model, or a copy with the weights of its matrix products and convolutions in dtype.
     Autocast would cast them for every token anew. The flow's heads stay in float32."""
@@ -635,11 +694,28 @@ def with_weights_in(dtype, model):
     return model
 
 
-def check_sampling(config, gamma, guidance='', tol=0.0):
+TOL = 1e-3                                                         # of --decode jacobi
+
+
+def tolerance(decode, tol):
+    """Options of the same names -> tol of SimFlow.generate. UserError for what makes no sense."""
+    if decode not in ('sequential', 'jacobi'):
+        raise UserError(f'--decode {decode} must be sequential or jacobi')
+    if tol <= 0:
+        raise UserError(f'--tol must be positive, not {tol}; exact is --decode sequential')
+    if tol != TOL and decode == 'sequential':
+        raise UserError(f'--tol {tol} is for --decode jacobi; the sequential one is exact')
+    return tol if decode == 'jacobi' else 0.0
+
+
+def check_sampling(config, gamma, guidance='', tol=0.0, denoise=None):
     """UserError for what a checkpoint with this configuration can't do."""
+    if denoise and (config.noise != 'additive' or config.codec == 'learned'):
+        raise UserError('--denoise 1 is for checkpoints of --noise additive and a constant --sigma')
     if guidance not in ('', *GUIDANCE):
         raise UserError(f'--guidance {guidance} must be one of: {", ".join(GUIDANCE)}')
-    asked = {'--gamma': gamma, '--decode jacobi': tol, '--guidance': guidance}
+    asked = {'--gamma': gamma, '--decode jacobi': tol, '--guidance': guidance,
+             '--denoise 1': denoise}
     if config.prior == 'sit' and any(asked.values()):
         raise UserError(f'{" and ".join(name for name in asked if asked[name])}: needs a flow, but '
                         'the checkpoint is a diffusion model (--prior sit)')
@@ -806,13 +882,17 @@ class TeacherBlock(nn.Module):
 def resample_positions(table, side):
     """(1, 1 + n * n, C), the class token's row first -> (1, 1 + side * side, C) float32, by the
     rule of timm's resample_abs_pos_embed, which REPA uses. (Meta's own has no antialiasing.)"""
-    first, grid = table[:, :1].float(), table[:, 1:].float()
-    n = math.isqrt(grid.shape[1])
+    return torch.cat([table[:, :1].float(), resample_grid(table[:, 1:].float(), side)], dim=1)
+
+
+def resample_grid(table, side):
+    """(1, n * n, C) -> (1, side * side, C)"""
+    n = math.isqrt(table.shape[1])
     if n == side:
-        return table.float()
-    grid = grid.transpose(1, 2).unflatten(2, (n, n))               # (1, C, n, n)
-    grid = F.interpolate(grid, (side, side), mode='bicubic', antialias=True)
-    return torch.cat([first, grid.flatten(2).transpose(1, 2)], dim=1)
+        return table
+    h = table.transpose(1, 2).unflatten(2, (n, n))                 # (1, C, n, n)
+    h = F.interpolate(h, (side, side), mode='bicubic', antialias=True)
+    return h.flatten(2).transpose(1, 2)
 
 
 DINOV2_URL = 'https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth'

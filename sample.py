@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from data import UserError, cli, option, parse_options, refuse_negative, whole
 from flow import JACOBI_IMAGES, jacobi_is_slower
-from model import (check_sampling, find_process, grid, load_model, note_on_guidance, sample_images,
-                   with_weights_in)
+from model import (TOL, check_sampling, export, find_process, grid, load_model, note_on_guidance,
+                   sample_images, tolerance, with_weights_in)
 
 
 @dataclass
@@ -39,10 +39,12 @@ class Options:
                                     'default: all')
     decode: str = option('sequential', 'how the flow is inverted: sequential, token by token, or '
                                        'jacobi, several at once until they no longer change')
-    tol: float = option(1e-3, "jacobi's tolerance, relative change of a token: at 0.001 no pixel "
+    tol: float = option(TOL, "jacobi's tolerance, relative change of a token: at 0.001 no pixel "
                               'was more than one level of 255 off, in float32')
     seed: int = option(0, 'random seed of the noise')
     batch_size: int = option(80, 'images at once in each process: more is faster, and more memory')
+    denoise: bool | None = option(None, "TARFlow's denoising step at the end; default: the preset's")
+    export: str = option('', 'write a checkpoint of the EMA weights alone, to sample from, and end')
     out: str = option('', "X.png: a grid; X.npz: ADM's layout; X/: a new folder of PNGs; "
                           'default: grid.png beside --ckpt')
     device: str = option('', 'cuda, mps, cpu; default: the best there is')
@@ -54,12 +56,7 @@ class Options:
             if getattr(self, name) < 1:
                 raise UserError(f'--{name} must be at least 1, not {getattr(self, name)}')
         refuse_negative(self)
-        if self.decode not in ('sequential', 'jacobi'):
-            raise UserError(f'--decode {self.decode} must be sequential or jacobi')
-        if self.tol <= 0:
-            raise UserError(f'--tol must be positive, not {self.tol}; exact is --decode sequential')
-        if self.tol != Options.tol and self.decode == 'sequential':
-            raise UserError(f'--tol {self.tol} is for --decode jacobi; the sequential one is exact')
+        tolerance(self.decode, self.tol)
         if self.out and not self.out.endswith(('.png', '.npz', '/')):
             raise UserError(f'--out {self.out} must end in .png, in .npz or in / (a folder)')
 
@@ -153,10 +150,12 @@ def progress(batches, total, quiet):
 def main(argv):
     options = parse_options(Options, argv, 'Make images with a trained SimFlow.')
     options.check()
+    if options.export:
+        return export(options.ckpt, options.export)
     process, n = find_process(options.device, options.dtype), options.num_samples
     model, config, class_names = load_model(options.ckpt)
-    tol = options.tol if options.decode == 'jacobi' else 0.0
-    check_sampling(config, options.gamma, options.guidance, tol)
+    tol = tolerance(options.decode, options.tol)
+    check_sampling(config, options.gamma, options.guidance, tol, options.denoise)
     chosen = torch.tensor(choose_classes(options.classes, class_names))
     path = options.out or os.path.join(os.path.dirname(options.ckpt), 'grid.png')
     process.on_rank_0(check_out, path)
@@ -174,7 +173,8 @@ def main(argv):
     labels = chosen[torch.arange(n) % len(chosen)]
     model = with_weights_in(process.dtype, model.to(process.device))
     batches = sample_images(model, labels, options.seed, process, options.batch_size,
-                            options.cfg, options.gamma, order, guidance=options.guidance, tol=tol)
+                            options.cfg, options.gamma, order, guidance=options.guidance, tol=tol,
+                            denoise=options.denoise)
     batches = progress(batches, n, quiet=process.rank > 0)
     if process.rank:
         for _ in batches:                                          # makes this process's share

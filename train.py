@@ -14,6 +14,7 @@ import dataclasses
 import datetime
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -24,11 +25,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import UserError, batches, cli, hold_out, open_data, parse_options
-from flow import Layer
+from data import UserError, batches, cli, hold_out, open_data, parse_options, whole
+from flow import Layer, SiT, VPFlow
 from model import (DIFFUSION, PRESETS, RECON, TRAIN, Aligned, Config, SimFlow, alignment,
                    find_process, from_uint8, generator, grid, load_checkpoint, load_teacher,
-                   mix_seed, plot, sample_images, to_uint8, with_weights_in)
+                   mix_seed, plot, resample_grid, sample_images, to_uint8,
+                   with_weights_in)
 from vae import VAE, Discriminator, adaptive_weight, hinge, load_lpips
 
 try:
@@ -122,7 +124,8 @@ class Trainer:
             with process.device:
                 self.disc = Discriminator(config.gan_width, config.gan_layers)
             self.disc.to(memory_format=torch.channels_last)
-            self.disc_opt = adamw(self.disc.parameters(), config.gan_lr, 0.999)
+            self.disc_opt = adamw(self.disc.parameters(), config.gan_lr, config.gan_beta2,
+                                  beta1=config.gan_beta1)
             self.disc_ddp = process.distribute(self.disc)
             self.ddps.append(self.disc_ddp)
             self.names += ['gan', 'd_weight', 'd_loss', 'logits_real', 'logits_fake', 'd_grad_norm']
@@ -195,7 +198,7 @@ class Trainer:
         processes, not where the prior keeps sums of its own or draws random numbers."""
         c, process = self.config, self.process
         return (process.compile and process.device.type == 'cuda' and process.world == 1
-                and c.prior not in ('vp', 'sit') and self.warm_steps >= 2)
+                and not isinstance(self.model.flow, (VPFlow, SiT)) and self.warm_steps >= 2)
 
     def capture(self, image, y, noise):
         """Make `graph`, if that is possible."""
@@ -299,7 +302,7 @@ class Trainer:
         # Weights that did not move need no gate: the average may come closer to them.
         ema, now = list(self.ema.parameters()), list(self.model.parameters())
         torch._foreach_lerp_(ema, now, 1 - ema_decay(c, self.step))
-        if c.prior == 'vp':
+        if isinstance(self.model.flow, VPFlow):
             self.model.flow.track(self.process.mean, skip)
         for average, value in zip(self.ema.buffers(), self.model.buffers()):
             average.copy_(value)                                   # running means already
@@ -329,7 +332,8 @@ class Trainer:
 
     def start_from(self, state):
         """Take the averaged weights of a checkpoint's codec and, if it has one of the same kind and
-        shape, prior -> a sentence that says what was taken. UserError if the codec is another."""
+        shape, prior -> a sentence that says what was taken. Positions of another resolution are
+        resampled. UserError if the codec is another."""
         was, taken = state['config'], []
         differs = [f'--{k} {show(was[k])}' for k in CODEC_OPTIONS
                    if was[k] != getattr(self.config, k)]
@@ -342,11 +346,30 @@ class Trainer:
         for part in parts:
             own = getattr(self.model, part).state_dict()
             new = {name: state['ema'].get(f'{part}.{name}') for name in own}
+            for name, table in new.items():
+                # A square grid, which a block that reads backwards has turned upside down.
+                if name.endswith('.pos') and table is not None:
+                    new[name] = resample_grid(table[None], math.isqrt(len(own[name])))[0]
             if own and all(v is not None and v.shape == own[k].shape for k, v in new.items()):
                 for model in (self.model, self.ema):
                     getattr(model, part).load_state_dict(new)
                 taken.append(part)
         return f'starting from {self.config.init}: {" and ".join(taken) or "nothing"}'
+
+    @torch.no_grad()
+    def measure_std(self, image):
+        """Divide latents by their std over a batch (b, 3, H, W) uint8 from now on. STARFlow and LDM
+        do so; of a frozen encoder once is enough."""
+        image = from_uint8(image.to(self.process.device))
+        mu, sigma = self.model.vae.encode(image)
+        added = self.model.vae.sigma                               # is not among what is divided
+        second = (mu.square() + sigma.square() - added ** 2).mean()
+        moments = torch.stack([mu.mean(), second])
+        self.process.mean(moments)
+        std = (moments[1] - moments[0].square()).sqrt()
+        for model in (self.model, self.ema):
+            model.vae.std.copy_(std)
+        self.process.print(f'latents of std {std.item():.4g} are divided by it')
 
     def parts(self):
         """-> name -> what has a state_dict"""
@@ -396,9 +419,9 @@ class StepGraph:
         return dict(self.terms)
 
 
-def adamw(weights, lr, beta2, weight_decay=0.0):
+def adamw(weights, lr, beta2, weight_decay=0.0, beta1=0.9):
     trained = [w for w in weights if w.requires_grad]
-    return torch.optim.AdamW(trained, lr, (0.9, beta2), weight_decay=weight_decay, fused=True)
+    return torch.optim.AdamW(trained, lr, (beta1, beta2), weight_decay=weight_decay, fused=True)
 
 
 def hidden_weights(model):
@@ -479,6 +502,10 @@ def save(trainer, data):
             f.flush()
             os.fsync(f.fileno())
         os.replace(path + '.tmp', path)
+        if is_due(trainer.config.keep_interval, trainer.step):
+            own = os.path.join(trainer.config.out, f'ckpt_{trainer.step:07d}.pt')
+            with whole(own) as kept:
+                shutil.copyfile(path, kept)
     except (OSError, RuntimeError) as e:                           # the latter is torch's
         with contextlib.suppress(OSError):
             os.remove(path + '.tmp')
@@ -498,6 +525,9 @@ def resume(trainer, data):
                         'must be one folder that all of them see')
     if not saved:
         return
+    if 'model' not in saved:
+        raise UserError(f'{path} holds averaged weights alone (sample.py --export), which cannot be '
+                        'resumed; start from it by --init, with another --out')
     refuse = (f'{path} was trained with %s; use those settings to resume it, or another --out '
               'for a new run')
     was, now = saved['config'], dataclasses.asdict(trainer.config)
@@ -785,6 +815,10 @@ def train(config, data, process):
     trainer = Trainer(config, len(data.class_names), process)
     if config.init and not os.path.exists(os.path.join(config.out, 'ckpt.pt')):
         process.print(trainer.start_from(load_checkpoint(config.init, '--init')))
+        if config.unit_std:
+            image, *_ = next(batches(data, config.image_size, config.batch_size, config.seed,
+                                     False, 0, 1, process.rank, process.world))
+            trainer.measure_std(image)
     # Nothing has been written to --out so far, as much may be wrong until here.
     path = os.path.join(config.out, 'log.csv')
     log = process.rank_0_first(open_log, path, process.rank)
@@ -815,7 +849,8 @@ def train(config, data, process):
             if measured or done or is_due(config.log_interval, trainer.step):
                 write_row(trainer, log, meter, lr, steps, measured)
             # Before the pictures, as a kill may follow the signal.
-            if stopped or ends or is_due(config.save_interval, trainer.step):
+            if (stopped or ends or is_due(config.save_interval, trainer.step)
+                    or is_due(config.keep_interval, trainer.step)):
                 save(trainer, data)
             if draws or ends and config.sample_interval:
                 save_pictures(trainer, data)

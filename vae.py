@@ -227,6 +227,9 @@ class Discriminator(nn.Sequential):
             stack.append(nn.LeakyReLU(0.2))
         stack.append(nn.Conv2d(c, 1, 4, padding=1))
         super().__init__(*stack)
+        for module in self:
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=0.02)
 
 
 def hinge(logits_real, logits_fake):
@@ -310,14 +313,22 @@ class LPIPS(nn.Module):
 class LearnedVAE(VAE):
     """The standard VAE (Kingma & Welling 2013, arXiv:1312.6114): the encoder predicts log sigma^2,
     too. To its latents noise of std `sigma` is added, STARFlow's; two Gaussian noises are one whose
-    variance is their sum."""
+    variance is their sum. Before that, latents are divided by `std`, 1 unless it was measured."""
     outputs = 2
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.register_buffer('std', torch.ones(()))
 
     def encode(self, image):
         """(B, 3, H, W) in [-1, 1] -> mu, sigma (B, T, D)"""
         mu, log_var = to_tokens(self.encoder(image)).chunk(2, dim=-1)
-        variance = log_var.clamp(-30, 20).exp() + self.sigma ** 2
-        return self.norm(mu), variance.sqrt()
+        variance = log_var.clamp(-30, 20).exp() / self.std ** 2 + self.sigma ** 2
+        return self.norm(mu) / self.std, variance.sqrt()
+
+    def decode(self, x):
+        """(B, T, D) -> (B, 3, H, W), about [-1, 1]"""
+        return super().decode(x * self.std)
 
 
 class Pixels(nn.Module):
