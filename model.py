@@ -285,10 +285,10 @@ SHARES = 'class_drop constant ema beta2 gan_beta1 gan_beta2 holdout'.split()
 # to learn for it than 16 of 64. Without a perceptual loss the pixel error needs the larger weight.
 # Without an adversarial one it is blurrier, but at this size that made it worse: see RESULTS.md.
 NANO = dict(data='shapes', image_size=32, latent_dim=16, vae_width=64, vae_mults=(1,), vae_patch=4,
-            width=128, heads=2, layers=(2, 2, 4), l1=0.0, l2=100.0, lpips=0.0, gan=0.0,
-            gan_width=32, gan_layers=2, batch_size=32, steps=2500, lr=1e-3, lr_end=2e-5,
-            warmup=100, beta2=0.99, ema=0.999, workers=1, log_interval=50, save_interval=250,
-            sample_interval=500)
+            width=128, heads=2, layers=(1, 3), l1=0.0, l2=50.0, lpips=0.0, gan=0.0, gan_width=32,
+            gan_layers=2, batch_size=32, steps=550, optimizer='muon', lr=6e-3, lr_end=1e-4,
+            warmup=50, beta2=0.99, ema=0.999, workers=1, log_interval=25, save_interval=250,
+            sample_interval=250, holdout=0.01)
 STAGE_ONE = dict(epochs=80, constant=1.0)
 LEARNED = NANO | dict(codec='learned', sigma=0.0, latent_norm=False)
 # Blocks of equal depth, every one guided, a denoising step at the end. Large ones as published,
@@ -299,6 +299,11 @@ TARFLOW = NANO | TAR | dict(latent_dim=48, sigma=0.05, layers=(2, 2, 2, 2), l2=0
 TAR = TAR | dict(layers=8 * (8,), width=768, heads=12, constant=0.0, ema=0.0, clip=1e9)
 PRESETS = {
     'nano': NANO,
+    # Minutes on one GPU. In three of an H200 it made what RESULTS.md shows.
+    'cifar': NANO | dict(data='cifar10', width=512, heads=8, layers=(2, 2, 2, 2, 2, 8), l2=100.0,
+                         vae_width=128, vae_mults=(1, 2), vae_patch=2, batch_size=256, steps=12000,
+                         optimizer='adamw', lr=4e-4, lr_end=4e-6, warmup=300, ema=0.9995,
+                         workers=8, log_interval=100, save_interval=1000, sample_interval=1000),
     # The paper compares sizes after its stage I, XXL alone goes through both (Tables 1 and 5).
     'S': STAGE_ONE | dict(width=384, heads=6, layers=(2, 2, 2, 2, 2, 2)),
     'B': STAGE_ONE | dict(width=768, heads=12, layers=(2, 2, 2, 2, 2, 2)),
@@ -336,8 +341,8 @@ PRESETS = {
     'tarflow_afhq': TAR | dict(vae_patch=8, latent_dim=192, sigma=0.07, epochs=4000, warmup=57),
     # A teacher for the flow's features (REPA-E; Flowing Backwards), here a random network:
     'repa': NANO | dict(align='forward', repa='random', repa_block=2, repa_width=256),
-    'r_repa': NANO | dict(align='reverse', repa='random', repa_weight=0.1, repa_layer=2,
-                          repa_width=256),
+    'r_repa': NANO | dict(align='reverse', repa='random', repa_weight=0.1, repa_block=2,
+                          repa_layer=2, repa_width=256),
     # A diffusion model for the flow (Table 7):
     'sit': NANO | dict(prior='sit'),
 }
@@ -632,6 +637,8 @@ def load_checkpoint(path, option='--ckpt', mmap=False):
     named it. With mmap, its tensors stay in the file until they are used."""
     try:
         state = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
+        if 'blocks.0.pos_embed' in state:
+            state = from_tarflow(state, path)
         state['class_names'], state['step'], state['ema']
         known = dataclasses.asdict(Config())
         for part in state.keys() & {'model', 'ema'}:
@@ -655,6 +662,53 @@ def load_checkpoint(path, option='--ckpt', mmap=False):
 def new_name(name):
     """Of a weight, in checkpoints from when a block was its transformer."""
     return re.sub(r'^(flow\.blocks\.\d+\.)(?!transformer\.)', r'\1transformer.', name)
+
+
+def from_tarflow(weights, path):
+    """State dictionary of ml-tarflow's Model -> what train.py would have saved of it. What such
+    weights do not know, the std of their noise, ends the file's name, as in ..._8_8_0.07.pth. Names
+    of the classes are their numbers."""
+    (tokens, width), last = weights['blocks.0.pos_embed'].shape, max(weights, key=block_number)
+    dim = weights['blocks.0.proj_in.weight'].shape[1]
+    channels = 3 if dim % 3 == 0 else 1
+    patch = math.isqrt(dim // channels)
+    layers = 1 + max(int(name.split('.')[3]) for name in weights if '.attn_blocks.' in name)
+    vp = len(weights['blocks.0.proj_out.weight']) == dim
+    classes = len(weights.get('blocks.0.class_embed', ()))
+    sigma = re.search(r'_(0\.\d+)\.\w+$', os.path.basename(path))
+    config = TAR | dict(prior='tarflow_vp' if vp else 'tarflow', latent_dim=dim, vae_patch=patch,
+                        image_size=patch * math.isqrt(tokens), width=width, heads=width // 64,
+                        layers=(1 + block_number(last)) * (layers,),
+                        sigma=float(sigma[1]) if sigma else 0.0)
+    ema = {'flow.variance': weights['var']} if vp else {}
+    for name, value in weights.items():
+        if name.endswith('pos_embed') and block_number(name) % 2:  # there by place, here as read
+            value = value.flip(0)
+        elif name.endswith('class_embed'):
+            value = value.squeeze(1)
+        elif '.proj_out.' in name:                                 # log_scale, if any, came first
+            log_scale, mean = (torch.zeros_like(value), value) if vp else value.chunk(2)
+            value = torch.cat([mean, log_scale])
+        if block_number(name) >= 0 and not name.endswith('attn_mask'):
+            for theirs, ours in TARFLOW_NAMES.items():
+                name = name.replace(theirs, ours)
+            ema[re.sub(r'^blocks\.(\d+)', r'flow.blocks.\1.transformer', name)] = value
+    if not classes:
+        empty = torch.zeros(0, width)
+        ema |= {f'flow.blocks.{i}.transformer.classes.weight': empty
+                for i in range(len(config['layers']))}
+    return {'ema': ema, 'config': config, 'step': 0,
+            'class_names': [str(i) for i in range(classes)]}
+
+
+TARFLOW_NAMES = {'pos_embed': 'pos', 'class_embed': 'classes.weight', 'attn_blocks': 'layers',
+                 'attention.norm': 'norm1', 'mlp.norm': 'norm2', 'attention.': 'attn.',
+                 'mlp.main': 'mlp'}
+
+
+def block_number(name):
+    """blocks.3.proj_in.bias -> 3; -1 for what is in no block"""
+    return int(name.split('.')[1]) if name.startswith('blocks.') else -1
 
 
 def load_model(path):

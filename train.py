@@ -826,7 +826,8 @@ def train(config, data, process):
     if trainer.step >= last:
         process.print(f'step {trainer.step} of {last} is done: there is nothing to train')
     if log:
-        log.start(['step', *trainer.names, *VALIDATION, 'skipped', 'lr', *TIMING], trainer.step)
+        log.start(['step', *trainer.names, *(VALIDATION if len(held) else []), 'skipped', 'lr',
+                   *TIMING], trainer.step)
     meter, interrupt = Meter(config, trainer.classes, process), Interrupt()
     flip = data.mirror if config.flip is None else config.flip
     feed = batches(data, config.image_size, config.batch_size, config.seed, flip, trainer.step,

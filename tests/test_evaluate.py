@@ -550,6 +550,15 @@ def test_guidance_makes_a_table_and_a_curve(tiny, capsys):
     assert Image.open(tiny / 'fid_cfg.png').size == (720, 480)
 
 
+def test_samples_decoded_in_parallel_are_as_good(tiny, capsys):
+    """Hardly other images, so hardly another distance: guided ones at once, so a CPU must be
+    asked for few."""
+    ckpt, ref = checkpoint_and_images(tiny)
+    argv = ['--ckpt', ckpt, '--ref', ref, '--n', 10, '--batch_size', 2, '--cfg', 1]
+    a, b = [run(capsys, *argv, '--decode', how)['rows'][0] for how in ('sequential', 'jacobi')]
+    assert a['FID'] == pytest.approx(b['FID'], rel=0.01)
+
+
 def test_batch_size_changes_nothing(tiny, capsys):
     ckpt, ref = checkpoint_and_images(tiny)
     argv = ['--ckpt', ckpt, '--ref', ref, '--n', 13, '--batch_size']
@@ -629,7 +638,7 @@ def test_classifiers_find_the_class_that_made_the_image(tiny):
         assert torch.equal(classify(flow, x).argmax(1), y)
 
 
-def test_classify_reports_both(tiny, capsys):
+def test_classify_reports_all(tiny, capsys):
     ckpt, unnamed = checkpoint_and_images(tiny)
     for name in 'abc':
         (tiny / 'images' / name).mkdir(parents=True)

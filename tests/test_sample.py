@@ -51,6 +51,17 @@ def test_parallel_decoding_makes_the_same_images(ckpt, tmp_path):
     assert np.abs(one - two).max() <= 1
 
 
+def test_averaged_weights_alone_are_enough(ckpt, tmp_path, capsys):
+    """To sample from, a quarter of the size; but not to resume."""
+    small = str(tmp_path / 'run' / 'ckpt.pt')
+    sample.main(['--ckpt', ckpt, '--export', small])
+    assert os.path.getsize(small) < 0.4 * os.path.getsize(ckpt)
+    one, two = (npz(path, tmp_path / 'a.npz', '--n', '3')['arr_0'] for path in (ckpt, small))
+    assert np.array_equal(one, two)
+    with pytest.raises(UserError, match='averaged weights alone'):
+        train.main([*TINY, '--steps', '1', '--out', str(tmp_path / 'run')])
+
+
 def test_parallel_decoding_needs_a_flow(tmp_path):
     train.main([*TINY, '--steps', '1', '--sample_interval', '0', '--prior', 'sit',
                 '--out', str(tmp_path)])

@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 
-from data import UserError
+from data import UserError, batches, open_data
 from flow import GUIDANCE, Flow, SiT, VPFlow, extrapolate
-from model import (NOISE, PRESETS, Aligned, Config, SimFlow, alignment, features, generative_pass,
-                   load_checkpoint, load_model)
+from model import (NOISE, PRESETS, Aligned, Config, SimFlow, alignment, features, from_uint8,
+                   generative_pass, load_checkpoint, load_model)
 import sample
 from test_flow import B, CLASSES, D, T, perturbed, predict, small_flow
 from test_train import read_log, same
@@ -61,6 +61,22 @@ def test_kinds_of_noise():
     u = (NOISE['uniform'].add(mu, 0.3, eps) - mu) / 0.3
     assert -1 <= u.min() < -0.999 and 0.999 < u.max() <= 1
     assert u.abs().mean() == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize('name, rest', [
+    ('linear_random', lambda t: 1 - t), ('slerp_random', lambda t: (1 - t ** 2) ** 0.5)])
+def test_noise_of_random_strength(name, rest):
+    """One t per image, uniform, and told apart from the noise only by its mean."""
+    g = torch.Generator().manual_seed(0)
+    mu, eps = torch.randn(2, 4000, 16, 4, generator=g)
+    t = (NOISE[name].add(torch.zeros_like(mu), 0.5, eps) / eps)[:, 0, 0]
+    torch.testing.assert_close(NOISE[name].add(mu, 0.5, eps),
+                               rest(t).view(-1, 1, 1) * mu + t.view(-1, 1, 1) * eps)
+    # The largest gap between 4000 draws and a uniform law is about 0.5 / sqrt(4000) = 0.008.
+    gap = (t.sort().values - torch.arange(4000) / 4000).abs().max()
+    assert gap < 0.03 and 0 <= t.min() and t.max() <= 1
+    assert abs(torch.corrcoef(torch.stack([t, eps[:, 3, 2].abs()]))[0, 1]) < 0.06
+    assert NOISE[name].entropy != NOISE[name].entropy              # no number: there is no rate
 
 
 @pytest.mark.parametrize('noise, entropy', [
@@ -157,6 +173,49 @@ def test_init_takes_a_whole_model_or_refuses(tmp_path, capsys):
     with pytest.raises(UserError, match='bad.pt'):
         train.main([*options('nano'), '--init', str(tmp_path / 'bad.pt'),
                     '--out', str(tmp_path / 'five')])
+
+
+def test_positions_of_another_resolution_are_resampled(tmp_path, capsys):
+    """From 4 x 4 tokens to 8 x 8: the flow is taken, its positions vary as before."""
+    big = dict(lr=0.1, lr_end=0.1, warmup=0, sample_interval=0)
+    train.main([*options('nano', steps=3, **big), '--out', str(tmp_path / 'one')])
+    train.main([*options('nano', steps=1, lr=1e-12, lr_end=0.0, sample_interval=0, image_size=32),
+                '--init', str(tmp_path / 'one' / 'ckpt.pt'), '--out', str(tmp_path / 'two')])
+    assert 'one/ckpt.pt: vae and flow' in capsys.readouterr().out
+    one, two = [load_model(tmp_path / name / 'ckpt.pt')[0] for name in ('one', 'two')]
+    for small, large in zip(one.flow.blocks, two.flow.blocks):
+        small, large = small.transformer, large.transformer
+        torch.testing.assert_close(small.proj_in.weight, large.proj_in.weight)
+        table = large.pos.unflatten(0, (8, 8)).unflatten(1, (4, 2)).unflatten(0, (4, 2))
+        # Means over 2 x 2 are about the old value: bicubic weights make no new extremes inside.
+        means = table.mean((1, 3)).flatten(0, 1)
+        assert torch.corrcoef(torch.stack([means.flatten(), small.pos.flatten()]))[0, 1] > 0.95
+
+
+def test_latents_are_divided_by_their_std(tmp_path, capsys):
+    """STARFlow: measured of the frozen encoder, kept in the checkpoint, undone by the decoder."""
+    train.main([*options('vae_learned', steps=2, sample_interval=0),
+                '--out', str(tmp_path / 'one')])
+    first = options('starflow', steps=2, sample_interval=0, sigma=0.0, lr=1e-12, lr_end=0.0)
+    train.main([*first, '--init', str(tmp_path / 'one' / 'ckpt.pt'),
+                '--out', str(tmp_path / 'two')])
+    one, two = [load_model(tmp_path / name / 'ckpt.pt')[0] for name in ('one', 'two')]
+    assert one.vae.std == 1 and two.vae.std != 1
+    g = torch.Generator().manual_seed(0)
+    image, noise = torch.rand(8, 3, 16, 16, generator=g) * 2 - 1, torch.zeros(8, *one.flow.shape)
+    a, _, sigma_a = one.latents(image, noise)
+    b, _, sigma_b = two.latents(image, noise)
+    torch.testing.assert_close(a, b * two.vae.std)
+    torch.testing.assert_close(sigma_a, sigma_b * two.vae.std)
+    torch.testing.assert_close(one.vae.decode(a), two.vae.decode(b), rtol=1e-4, atol=1e-5)
+    pixels, *_ = next(batches(open_data('shapes'), 16, 8, 0, True, 0, 1))
+    mu, sigma = two.vae.encode(from_uint8(pixels))
+    assert (mu.var() + sigma.square().mean()).sqrt() == pytest.approx(1, rel=0.01)
+    state = torch.load(tmp_path / 'one' / 'ckpt.pt', weights_only=True)
+    for part in ('model', 'ema'):
+        del state[part]['vae.std']                                 # as before there was one
+    torch.save(state, tmp_path / 'old.pt')
+    assert load_model(tmp_path / 'old.pt')[0].vae.std == 1
 
 
 # ------------------------------------------------------------------------------------------- pixels
@@ -327,7 +386,7 @@ def reached(model, loss):
     ('reverse_through', {'blocks.1', 'blocks.2'})])
 def test_which_parameters_alignment_teaches(align, parts):
     torch.manual_seed(0)
-    model = Aligned(config('repa', align=align, repa_block=2), 3, 8)
+    model = Aligned(config('repa', align=align, repa_block=2, layers=(1, 1, 1)), 3, 8)
     for p in model.parameters():
         p.data += 0.05 * torch.randn_like(p)
     image, y, noise = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 3]), torch.randn(4, 16, 4)

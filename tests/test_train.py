@@ -26,7 +26,7 @@ import train
 from vae import LPIPS, Discriminator
 
 TINY = ('--image_size 16 --vae_width 8 --latent_dim 4 --width 16 --layers 1,1,2 --gan_width 8 '
-        '--batch_size 8 --workers 0 --device cpu --gan 0.1').split()
+        '--batch_size 8 --workers 0 --device cpu --gan 0.1 --holdout 0').split()
 
 
 def python(*args):
@@ -220,6 +220,16 @@ def test_a_folder_that_was_removed_is_made_again(tmp_path, monkeypatch):
     monkeypatch.setattr(train.Trainer, 'train_step', step_and_remove)
     train.main([*TINY, '--sample_interval', '0', '--steps', '2', '--out', str(out)])
     assert os.listdir(out) == ['ckpt.pt']
+
+
+def test_checkpoints_that_are_kept(tmp_path):
+    options = TINY + ['--steps', '5', '--keep_interval', '2', '--save_interval', '3',
+                      '--sample_interval', '0', '--out', str(tmp_path)]
+    train.main(options)
+    kept = sorted(path.name for path in tmp_path.glob('ckpt*'))
+    assert kept == ['ckpt.pt', 'ckpt_0000002.pt', 'ckpt_0000004.pt']
+    steps = [torch.load(tmp_path / name, weights_only=True)['step'] for name in kept]
+    assert steps == [5, 2, 4]
 
 
 def test_other_data_are_announced(tmp_path, capsys):
@@ -476,9 +486,9 @@ def test_what_a_run_leaves(tmp_path):
     train.main([*TINY, '--steps', '4', '--log_interval', '2', '--sample_interval', '2',
                 '--out', str(tmp_path)])
     pictures = [f'{kind}_{step:07d}.png' for kind in ('recon', 'samples') for step in (2, 4)]
-    assert sorted(os.listdir(tmp_path)) == ['ckpt.pt', 'log.csv', *pictures]
-    # one row per class
-    assert Image.open(tmp_path / 'samples_0000004.png').size == (8 * 16, 10 * 16)
+    assert sorted(os.listdir(tmp_path)) == ['ckpt.pt', 'log.csv', 'log.png', *pictures]
+    # one row per class, guided ones at the right
+    assert Image.open(tmp_path / 'samples_0000004.png').size == (2 * 8 * 16, 10 * 16)
     originals = np.asarray(Image.open(tmp_path / 'recon_0000004.png'))[:16]
     assert originals.shape == (16, 16 * 16, 3) and originals.std() > 10
     row = read_log(tmp_path)[-1]
@@ -516,13 +526,15 @@ def test_dry_run(size, capsys):
 
 @functools.cache
 def predicted(*extra):
-    options = ['--lpips', '1', '--gan', '0.1', '--dtype', 'float32', '--layers', '1,2', *extra]
+    options = ['--lpips', '1', '--gan', '0.1', '--dtype', 'float32', '--layers', '1,2',
+               '--optimizer', 'adamw', *extra]
     config = parse_options(Config, options, '', PRESETS)
     return config, predict_memory(config, 10)
 
 
 @pytest.mark.parametrize('extra', [
-    (), ('--grad_ckpt', '1'), ('--grad_accum', '2'), ('--gan', '0', '--lpips', '0')])
+    (), ('--grad_ckpt', '1'), ('--grad_accum', '2'), ('--gan', '0', '--lpips', '0'),
+    ('--optimizer', 'muon')])
 def test_predicted_memory_is_that_of_a_real_step(extra):
     """Fake tensors, whose sizes their own mode keeps, against what the profiler sees the allocator
     hand out."""

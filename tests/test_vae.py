@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vae import VAE, Downsample
+from vae import VAE, Discriminator, Downsample
 
 SMALL = dict(width=16, mults=(1, 2), patch=2, latent_dim=8, sigma=0.5)
 
@@ -66,6 +66,12 @@ def test_downsampling_pads_right_and_bottom():
     sums = [(window * down.weight[0, 0]).sum() + down.bias[0] for window in windows]
     slow = torch.stack(sums).view(1, 1, 2, 2)
     torch.testing.assert_close(down(h), slow)
+
+
+def test_the_discriminator_starts_as_pix2pixs_does():
+    weights = [m.weight.detach() for m in Discriminator(64, 3) if isinstance(m, torch.nn.Conv2d)]
+    assert len(weights) == 5
+    assert all(w.std().item() == pytest.approx(0.02, rel=0.1) for w in weights)
 
 
 def test_gradient_checkpointing_changes_nothing():
