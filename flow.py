@@ -109,9 +109,8 @@ class Transformer(nn.Module):
         nn.init.zeros_(self.proj_out.weight)
 
     def condition(self, y, time=0.0):
-        """Class indices y (B,), or weights (B, classes + 1), the last one of "no class"; time (B, C)
-        of diffusion -> what each layer and then the head want to know of them: lists of (B, 1, C)
-        """
+        """Class indices y (B,), or weights (B, classes + 1), the last of "no class"; time (B, C) of
+        diffusion -> what each layer and then the head want to know of them: lists of (B, 1, C)"""
         if y.dim() == 1:
             embedding = self.classes(y)                            # (B, C)
         else:
@@ -277,7 +276,8 @@ class Flow(nn.Module):
             for i, n in enumerate(layers))
 
     def forward(self, x, y, inputs=None):
-        """x (B, T, D), y as in `Transformer.condition` -> z (B, T, D), logdet (B,) = log |dz/dx|. A list `inputs` gets each block's input (B, T, D)."""
+        """x (B, T, D), y as in `Transformer.condition` -> z (B, T, D), logdet (B,) = log |dz/dx|. A
+        list `inputs` gets each block's input (B, T, D)."""
         logdet = x.new_zeros(len(x), dtype=torch.float32)
         for block in self.blocks:
             if inputs is not None:

@@ -136,8 +136,8 @@ class Config:
     vae_mults: tuple[int, ...] = option((1, 1, 2, 2, 4), 'multipliers of --vae_width, a number '
                                                          'per level')
     vae_patch: int = option(1, 'pixels per side that the first level takes as one')
-    prior: str = option('flow', 'what models the latents: flow, vp (no scales), tarflow, tarflow_vp, or '
-                                'sit (diffusion)')
+    prior: str = option('flow', 'what models the latents: flow, vp (no scales), tarflow, '
+                                'tarflow_vp, or sit (diffusion)')
     width: int = option(1152, "width of the flow's transformers, C")
     heads: int = option(16, 'attention heads')
     layers: tuple[int, ...] = option((2, 2, 2, 2, 2, 46), 'layers of each block, image -> noise')
@@ -195,7 +195,7 @@ class Config:
     grad_ckpt: bool = option(False, 'recompute activations in backward: slower, less memory')
     log_interval: int = option(100, 'steps between log lines')
     save_interval: int = option(2500, 'steps between checkpoints; 0: only at the end')
-    keep_interval: int = option(0, 'steps between checkpoints that are kept, as ckpt_STEP.pt; 0: none')
+    keep_interval: int = option(0, 'steps between checkpoints to keep, as ckpt_STEP.pt; 0: none')
     sample_interval: int = option(5000, 'steps between pictures; 0: never')
     dry_run: bool = option(False, 'print the plan and exit')
 

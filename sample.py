@@ -43,7 +43,7 @@ class Options:
                               'was more than one level of 255 off, in float32')
     seed: int = option(0, 'random seed of the noise')
     batch_size: int = option(80, 'images at once in each process: more is faster, and more memory')
-    denoise: bool | None = option(None, "TARFlow's denoising step at the end; default: the preset's")
+    denoise: bool | None = option(None, "end by TARFlow's denoising step; default: the preset's")
     export: str = option('', 'write a checkpoint of the EMA weights alone, to sample from, and end')
     out: str = option('', "X.png: a grid; X.npz: ADM's layout; X/: a new folder of PNGs; "
                           'default: grid.png beside --ckpt')
@@ -180,12 +180,7 @@ def main(argv):
         for _ in batches:                                          # makes this process's share
             pass
         return
-    if path.endswith('.png'):
-        save = save_grid
-    elif path.endswith('.npz'):
-        save = save_npz
-    else:
-        save = save_folder
+    save = {'.png': save_grid, '.npz': save_npz}.get(path[-4:], save_folder)
     save(path, batches, labels.numpy()[order], class_names)
     print(f'{path}: {n} images, cfg {options.cfg}, gamma {options.gamma} (0 is off)')
 

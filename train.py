@@ -105,12 +105,7 @@ class Trainer:
                 self.model = SimFlow(config, classes)
         self.model.to(memory_format=torch.channels_last)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
-        hidden = hidden_weights(self.model) if config.optimizer == 'muon' else []
-        own = {id(weight) for weight, _ in hidden}
-        others = [p for p in self.model.parameters() if id(p) not in own]
-        self.opts = {'opt': adamw(others, config.lr, config.beta2, config.weight_decay)}
-        if hidden:
-            self.opts['muon'] = Muon(hidden, config.lr, process.dtype)
+        self.opts = build_optimizers(self.model, config, process.dtype)
         for module in self.model.modules():
             module.grad_ckpt = config.grad_ckpt
         self.ddp = process.distribute(self.model)
@@ -230,10 +225,7 @@ class Trainer:
             if c.align:
                 terms['align'] = alignment(*projected, self.teacher(image))
         terms['nll'], terms['entropy'] = nll.mean(), entropy.mean()
-        # Of variances one may take means over any split of the batch, unlike of their roots.
-        terms['mu_std'] = mu.new_zeros(())
-        if len(mu) > 1:
-            terms['mu_std'] = mu.detach().var(0).mean().sqrt()
+        terms['mu_std'] = variance(mu.detach()).sqrt()
         flow_loss = c.rate * (terms['nll'] - terms['entropy'])
         if c.align:
             flow_loss = flow_loss + c.repa_weight * terms['align']
@@ -399,6 +391,12 @@ class Trainer:
                 setattr(self, name, state.get(name, getattr(self, name)).to(self.process.device))
 
 
+def variance(mu):
+    """(b, T, D) -> variance over images, its mean over (T, D), of which one may take means over any
+    split of a batch; 0 for a single image"""
+    return mu.var(0).mean() if len(mu) > 1 else mu.new_zeros(())
+
+
 class StepGraph:
     """A step's gradients as one CUDA graph, since a small model's operations take longer to launch,
     one by one, than to compute. Gradients and terms stay where the graph puts them."""
@@ -417,6 +415,17 @@ class StepGraph:
             own.copy_(new)
         self.graph.replay()
         return dict(self.terms)
+
+
+def build_optimizers(model, config, dtype):
+    """-> the name in checkpoints -> optimizer"""
+    hidden = hidden_weights(model) if config.optimizer == 'muon' else []
+    own = {id(weight) for weight, _ in hidden}
+    others = [p for p in model.parameters() if id(p) not in own]
+    opts = {'opt': adamw(others, config.lr, config.beta2, config.weight_decay)}
+    if hidden:
+        opts['muon'] = Muon(hidden, config.lr, dtype)
+    return opts
 
 
 def adamw(weights, lr, beta2, weight_decay=0.0, beta1=0.9):
@@ -526,8 +535,8 @@ def resume(trainer, data):
     if not saved:
         return
     if 'model' not in saved:
-        raise UserError(f'{path} holds averaged weights alone (sample.py --export), which cannot be '
-                        'resumed; start from it by --init, with another --out')
+        raise UserError(f'{path} holds averaged weights alone (sample.py --export), which cannot '
+                        'be resumed; start from it by --init, with another --out')
     refuse = (f'{path} was trained with %s; use those settings to resume it, or another --out '
               'for a new run')
     was, now = saved['config'], dataclasses.asdict(trainer.config)
@@ -636,18 +645,17 @@ def validate(trainer, held):
             recon, nll, _, mu = model(image, y, noise.chunk(process.world)[process.rank])[:4]
         error = (recon.clamp(-1, 1) - image).square().mean((1, 2, 3))
         psnr = 10 * torch.log10(4 / error.clamp(min=1e-10))
-        spread = mu.var(0, correction=0).mean()
-        values.append(torch.stack([nll.mean(), psnr.mean(), spread]))
+        values.append(torch.stack([nll.mean(), psnr.mean(), variance(mu)]))
     values = torch.stack(values).mean(0)
     process.mean(values)
-    nll, psnr, spread = values.tolist()
-    return {'val_nll': nll, 'val_psnr': psnr, 'val_mu_std': math.sqrt(spread)}
+    nll, psnr, var = values.tolist()
+    return {'val_nll': nll, 'val_psnr': psnr, 'val_mu_std': math.sqrt(var)}
 
 
-def save_pictures(trainer, data):
+def save_pictures(trainer, data, log):
     """samples_*.png: EMA weights, noise that never changes, one row per class; at the right the
     same, guided. recon_*.png: originals above the raw model's reconstructions of them, noise and
-    all. Every process draws its share of the samples."""
+    all. log.png. Every process draws its share of the samples."""
     config, process, step = trainer.config, trainer.process, trainer.step
     trainer.graph = None                                           # its memory is needed here
     rows = min(10, trainer.classes) or 4
@@ -660,6 +668,7 @@ def save_pictures(trainer, data):
         halves.append(grid(np.concatenate(images), 8))
     if process.rank:
         return
+    log.draw(os.path.join(config.out, 'log.png'))
     grid(np.stack(halves), 2).save(os.path.join(config.out, f'samples_{step:07d}.png'))
     pixels, *_ = next(batches(data, config.image_size, 16, config.seed, flip=False, start=0,
                               steps=1))
@@ -806,6 +815,10 @@ def is_due(interval, step):
     return interval > 0 and step % interval == 0
 
 
+def saves(config, step):
+    return is_due(config.save_interval, step) or is_due(config.keep_interval, step)
+
+
 def train(config, data, process):
     """Train to the end, to --stop_at or to a signal -> the signal's number, or 0. UserError if
     --out holds another run, SystemExit if no step is finite any more."""
@@ -814,11 +827,7 @@ def train(config, data, process):
     last = min(steps, config.stop_at or steps)
     trainer = Trainer(config, len(data.class_names), process)
     if config.init and not os.path.exists(os.path.join(config.out, 'ckpt.pt')):
-        process.print(trainer.start_from(load_checkpoint(config.init, '--init')))
-        if config.unit_std:
-            image, *_ = next(batches(data, config.image_size, config.batch_size, config.seed,
-                                     False, 0, 1, process.rank, process.world))
-            trainer.measure_std(image)
+        initialise(trainer, data)
     # Nothing has been written to --out so far, as much may be wrong until here.
     path = os.path.join(config.out, 'log.csv')
     log = process.rank_0_first(open_log, path, process.rank)
@@ -826,13 +835,10 @@ def train(config, data, process):
     if trainer.step >= last:
         process.print(f'step {trainer.step} of {last} is done: there is nothing to train')
     if log:
-        log.start(['step', *trainer.names, *(VALIDATION if len(held) else []), 'skipped', 'lr',
-                   *TIMING], trainer.step)
+        columns = ['step', *trainer.names, 'skipped', 'lr', *TIMING]
+        log.start(columns + (VALIDATION if len(held) else []), trainer.step)
     meter, interrupt = Meter(config, trainer.classes, process), Interrupt()
-    flip = data.mirror if config.flip is None else config.flip
-    feed = batches(data, config.image_size, config.batch_size, config.seed, flip, trainer.step,
-                   last, process.rank, process.world, config.workers, process.device.type == 'cuda')
-    stopped = 0
+    feed, stopped = training_batches(trainer, data, last), 0
     quiet = process.rank > 0 or not sys.stderr.isatty()
     with tqdm(total=steps, initial=trainer.step, disable=quiet) as bar:
         while trainer.step < last and not stopped:
@@ -841,23 +847,35 @@ def train(config, data, process):
             trainer.train_step(image, y, lr, replaced)
             bar.update()
             stopped = process.max(interrupt.signal)
-            ends = trainer.step == last
-            done, draws = trainer.step == steps, is_due(config.sample_interval, trainer.step)
-            measured = {}
-            if len(held) and (draws or done):
-                measured = validate(trainer, held)
+            done, ends = trainer.step == steps, trainer.step == last
+            draws = is_due(config.sample_interval, trainer.step)
+            measured = validate(trainer, held) if len(held) and (draws or done) else {}
             # The last row may be of fewer steps.
             if measured or done or is_due(config.log_interval, trainer.step):
                 write_row(trainer, log, meter, lr, steps, measured)
             # Before the pictures, as a kill may follow the signal.
-            if (stopped or ends or is_due(config.save_interval, trainer.step)
-                    or is_due(config.keep_interval, trainer.step)):
+            if stopped or ends or saves(config, trainer.step):
                 save(trainer, data)
             if draws or ends and config.sample_interval:
-                save_pictures(trainer, data)
-                if log:
-                    log.draw(os.path.join(config.out, 'log.png'))
+                save_pictures(trainer, data, log)
     return stopped
+
+
+def training_batches(trainer, data, last):
+    c, process = trainer.config, trainer.process
+    flip = data.mirror if c.flip is None else c.flip
+    return batches(data, c.image_size, c.batch_size, c.seed, flip, trainer.step, last,
+                   process.rank, process.world, c.workers, process.device.type == 'cuda')
+
+
+def initialise(trainer, data):
+    """Begin with what --init holds, and measure what depends on it."""
+    c, process = trainer.config, trainer.process
+    process.print(trainer.start_from(load_checkpoint(c.init, '--init')))
+    if c.unit_std:
+        image, *_ = next(batches(data, c.image_size, c.batch_size, c.seed, flip=False, start=0,
+                                 steps=1, rank=process.rank, world=process.world))
+        trainer.measure_std(image)
 
 
 def can_compile(process, asked):
