@@ -392,15 +392,12 @@ def section_step(machine, args):
 # ------------------------------------------------------------------------- whole presets, for a GPU
 
 # What to measure of each size: images a step; images at once that are sampled.
-SIZES = {'nano': ({}, 8, (8,)),
-         'cifar': (dict(width=512, heads=8, layers=(2, 2, 2, 2, 2, 8), vae_width=128,
-                        vae_mults=(1, 2), vae_patch=2), 256, (256,)),
-         'S': ({}, 16, (32,)), 'L': ({}, 16, (64,)), 'XXL': ({}, 16, (1, 64, 256))}
+SIZES = {'nano': (8, (8,)), 'cifar': (256, (256,)), 'S': (16, (32,)), 'L': (16, (64,)),
+         'XXL': (16, (1, 64, 256))}
 
 
 def preset_of(size, batch):
-    name = 'nano' if size == 'cifar' else size
-    return Config(**PRESETS[name] | dict(model=name, batch_size=batch) | SIZES[size][0])
+    return Config(**PRESETS[size] | dict(model=size, batch_size=batch))
 
 
 def section_machine(machine, args):
@@ -419,7 +416,7 @@ def section_train_sizes(machine, args):
     rows, cuda = [], machine.device.type == 'cuda'
     process = dataclasses.replace(machine.process, compile=cuda)
     for size in args.sizes:
-        c = preset_of(size, SIZES[size][1])
+        c = preset_of(size, SIZES[size][0])
         first = time.perf_counter()
         trainer = Trainer(c, CLASSES, process, LPIPS() if c.lpips else None)
         built = time.perf_counter()
@@ -457,7 +454,7 @@ def section_sample_sizes(machine, args):
             model = SimFlow(c, CLASSES).requires_grad_(False).eval()
         wake(model.flow)
         model = with_weights_in(machine.process.dtype, model)
-        for batch in SIZES[size][2]:
+        for batch in SIZES[size][1]:
             z, y = machine.randn(batch, *model.flow.shape), machine.labels(batch)
             steps = [(0.25, y), (-0.25, torch.full_like(y, CLASSES))]
             if cuda:

@@ -111,8 +111,9 @@ def test_images_are_a_cpus(runs, tell):
 
 
 def losses(dtype, compiled, steps=50):
-    """-> the loss of each step of nano, in memory"""
-    config = parse_options(Config, ['--device', DEVICE], '', PRESETS)
+    """-> the loss of each step of nano, in memory; with AdamW, as the bounds below are for that"""
+    options = ['--device', DEVICE, '--optimizer', 'adamw', '--lr', '1e-3', '--l2', '100']
+    config = parse_options(Config, options, '', PRESETS)
     process = find_process(config.device, dtype, compiled)
     trainer, rows = train.Trainer(config, 10, process), []
     for image, y, replaced in batches(open_data('shapes'), 32, 32, 0, True, 0, steps):
