@@ -602,11 +602,11 @@ class TARLayer(Layer):
         super().__init__(width, heads, causal)
         del self.ada
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.register_buffer('gate', torch.ones(width), persistent=False)
 
     def condition(self, cond):
-        return (self.norm1.bias, self.norm1.weight, self.gate,
-                self.norm2.bias, self.norm2.weight, self.gate)
+        gate = torch.ones_like(self.norm1.bias)
+        return (self.norm1.bias, self.norm1.weight, gate,
+                self.norm2.bias, self.norm2.weight, gate)
 
 
 class TARTransformer(Transformer):

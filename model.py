@@ -269,6 +269,8 @@ class Config:
                 f"of its VAE, such as python train.py --model vae{'_learned' * learned}'s")
         require(not (self.freeze == 'vae' and (self.gan or self.lpips)),
                 '--freeze vae leaves --gan and --lpips nobody to teach: set both to 0')
+        require(not sit or self.width % 4 == 0,
+                f'--prior sit needs a --width that is a multiple of 4, not {self.width}')
         require(not (sit and (self.align or self.denoise)),
                 '--align and --denoise need a flow, not --prior sit')
         require(not self.align or self.repa_block <= len(self.layers)
@@ -285,10 +287,10 @@ SHARES = 'class_drop constant ema beta2 gan_beta1 gan_beta2 holdout'.split()
 # to learn for it than 16 of 64. Without a perceptual loss the pixel error needs the larger weight.
 # Without an adversarial one it is blurrier, but at this size that made it worse: see RESULTS.md.
 NANO = dict(data='shapes', image_size=32, latent_dim=16, vae_width=64, vae_mults=(1,), vae_patch=4,
-            width=128, heads=2, layers=(1, 3), l1=0.0, l2=50.0, lpips=0.0, gan=0.0, gan_width=32,
-            gan_layers=2, batch_size=32, steps=550, optimizer='muon', lr=6e-3, lr_end=1e-4,
+            width=128, heads=2, layers=(1, 2), l1=0.0, l2=100.0, lpips=0.0, gan=0.0, gan_width=32,
+            gan_layers=2, batch_size=32, steps=800, optimizer='muon', lr=6e-3, lr_end=6e-5,
             warmup=50, beta2=0.99, ema=0.999, workers=1, log_interval=25, save_interval=250,
-            sample_interval=250, holdout=0.01)
+            sample_interval=200, holdout=0.01)
 STAGE_ONE = dict(epochs=80, constant=1.0)
 LEARNED = NANO | dict(codec='learned', sigma=0.0, latent_norm=False)
 # Blocks of equal depth, every one guided, a denoising step at the end. Large ones as published,
@@ -299,8 +301,8 @@ TARFLOW = NANO | TAR | dict(latent_dim=48, sigma=0.05, layers=(2, 2, 2, 2), l2=0
 TAR = TAR | dict(layers=8 * (8,), width=768, heads=12, constant=0.0, ema=0.0, clip=1e9)
 PRESETS = {
     'nano': NANO,
-    # Minutes on one GPU. In three of an H200 it made what RESULTS.md shows.
-    'cifar': NANO | dict(data='cifar10', width=512, heads=8, layers=(2, 2, 2, 2, 2, 8), l2=100.0,
+    # A quarter of an hour on one GPU, by its rates in RESULTS.md, which shows three minutes.
+    'cifar': NANO | dict(data='cifar10', width=512, heads=8, layers=(2, 2, 2, 2, 2, 8),
                          vae_width=128, vae_mults=(1, 2), vae_patch=2, batch_size=256, steps=12000,
                          optimizer='adamw', lr=4e-4, lr_end=4e-6, warmup=300, ema=0.9995,
                          workers=8, log_interval=100, save_interval=1000, sample_interval=1000),
@@ -641,6 +643,8 @@ def load_checkpoint(path, option='--ckpt', mmap=False):
             state = from_tarflow(state, path)
         state['class_names'], state['step'], state['ema']
         known = dataclasses.asdict(Config())
+        # The weights of our first SiT have the same names, but times, positions and GELU differ.
+        older = state['config'].get('prior') == 'sit' and 'unit_std' not in state['config']
         for part in state.keys() & {'model', 'ema'}:
             state[part] = {new_name(name): value for name, value in state[part].items()}
             if state['config'].get('codec') == 'learned':          # older ones lack it
@@ -653,6 +657,9 @@ def load_checkpoint(path, option='--ckpt', mmap=False):
     except (*DAMAGED, AttributeError) as e:
         raise UserError(f'{path} is not a checkpoint of train.py, or is damaged '
                         f'({type(e).__name__})')
+    if older:
+        raise UserError(f'{path} is a diffusion model of an earlier version, which this one reads '
+                        'wrongly; use that version, or train it anew')
     if newer:
         raise UserError(f'{path} has options that this version does not know: {", ".join(newer)}; '
                         'use the version that trained it')
@@ -679,7 +686,7 @@ def from_tarflow(weights, path):
     config = TAR | dict(prior='tarflow_vp' if vp else 'tarflow', latent_dim=dim, vae_patch=patch,
                         image_size=patch * math.isqrt(tokens), width=width, heads=width // 64,
                         layers=(1 + block_number(last)) * (layers,),
-                        sigma=float(sigma[1]) if sigma else 0.0)
+                        sigma=float(sigma[1]) if sigma else 0.0, denoise=bool(sigma))
     ema = {'flow.variance': weights['var']} if vp else {}
     for name, value in weights.items():
         if name.endswith('pos_embed') and block_number(name) % 2:  # there by place, here as read
@@ -726,7 +733,10 @@ def load_model(path):
 
 
 def export(path, out):
-    """Write what sampling, evaluation and --init need of a checkpoint: a quarter of it."""
+    """Write what sampling, evaluation and --init need of a checkpoint: a quarter of it. UserError
+    if that would replace it."""
+    if os.path.realpath(path) == os.path.realpath(out):
+        raise UserError(f'--export {out} would replace the checkpoint itself; name another file')
     state = load_checkpoint(path, mmap=True)
     kept = {name: state[name] for name in ('config', 'class_names', 'step')}
     kept['ema'] = {name: value for name, value in state['ema'].items()

@@ -150,9 +150,9 @@ def progress(batches, total, quiet):
 def main(argv):
     options = parse_options(Options, argv, 'Make images with a trained SimFlow.')
     options.check()
-    if options.export:
-        return export(options.ckpt, options.export)
     process, n = find_process(options.device, options.dtype), options.num_samples
+    if options.export:
+        return process.on_rank_0(export, options.ckpt, options.export)
     model, config, class_names = load_model(options.ckpt)
     tol = tolerance(options.decode, options.tol)
     check_sampling(config, options.gamma, options.guidance, tol, options.denoise)

@@ -25,7 +25,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import UserError, batches, cli, hold_out, open_data, parse_options, whole
+from data import (BatchDataset, Unreadable, UserError, batches, cli, hold_out, open_data,
+                  parse_options, whole)
 from flow import Layer, SiT, VPFlow
 from model import (DIFFUSION, PRESETS, RECON, TRAIN, Aligned, Config, SimFlow, alignment,
                    find_process, from_uint8, generator, grid, load_checkpoint, load_teacher,
@@ -327,8 +328,10 @@ class Trainer:
         shape, prior -> a sentence that says what was taken. Positions of another resolution are
         resampled. UserError if the codec is another."""
         was, taken = state['config'], []
-        differs = [f'--{k} {show(was[k])}' for k in CODEC_OPTIONS
-                   if was[k] != getattr(self.config, k)]
+        options = CODEC_OPTIONS
+        if was['codec'] == 'pixels':                               # where the rest means nothing
+            options = ['codec', 'latent_dim', 'vae_patch']
+        differs = [f'--{k} {show(was[k])}' for k in options if was[k] != getattr(self.config, k)]
         if differs:
             raise UserError(f'--init {self.config.init} was trained with {", ".join(differs)}; use '
                             'that, too, or another checkpoint')
@@ -340,7 +343,7 @@ class Trainer:
             new = {name: state['ema'].get(f'{part}.{name}') for name in own}
             for name, table in new.items():
                 # A square grid, which a block that reads backwards has turned upside down.
-                if name.endswith('.pos') and table is not None:
+                if name.split('.')[-1] in ('pos', 'variance') and table is not None:
                     new[name] = resample_grid(table[None], math.isqrt(len(own[name])))[0]
             if own and all(v is not None and v.shape == own[k].shape for k, v in new.items()):
                 for model in (self.model, self.ema):
@@ -352,11 +355,13 @@ class Trainer:
     def measure_std(self, image):
         """Divide latents by their std over a batch (b, 3, H, W) uint8 from now on. STARFlow and LDM
         do so; of a frozen encoder once is enough."""
-        image = from_uint8(image.to(self.process.device))
-        mu, sigma = self.model.vae.encode(image)
-        added = self.model.vae.sigma                               # is not among what is divided
-        second = (mu.square() + sigma.square() - added ** 2).mean()
-        moments = torch.stack([mu.mean(), second])
+        added, moments = self.model.vae.sigma, []                  # the noise is not divided
+        with self.process.autocast(), torch.compiler.set_stance('force_eager'):
+            for part in image.chunk(self.config.grad_accum):
+                mu, sigma = self.model.vae.encode(from_uint8(part.to(self.process.device)))
+                second = (mu.square() + sigma.square() - added ** 2).mean()
+                moments.append(torch.stack([mu.mean(), second]))
+        moments = torch.stack(moments).mean(0)
         self.process.mean(moments)
         std = (moments[1] - moments[0].square()).sqrt()
         for model in (self.model, self.ema):
@@ -382,7 +387,9 @@ class Trainer:
         for name, part in self.parts().items():
             saved = state[name]
             if isinstance(part, torch.optim.Optimizer):            # as configured, not as saved
-                saved['param_groups'] = part.state_dict()['param_groups']
+                now = part.state_dict()['param_groups']
+                saved['param_groups'] = [new | {'params': old['params']}
+                                         for old, new in zip(saved['param_groups'], now)]
             part.load_state_dict(saved)
         self.step = state['step']
         if len(state['totals']) == len(self.names):                # else the averages start anew
@@ -472,7 +479,9 @@ class Muon(torch.optim.Optimizer):
             grad = torch.stack([w.grad for w in weights])          # (n, parts * rows, ...)
             grad = grad.flatten(2).unflatten(1, (parts, -1)).flatten(0, 1)
             state = self.state[weights[0]]                         # of the whole group
-            old = state.get('momentum', torch.zeros_like(grad))    # (n * parts, rows, columns)
+            if not state:
+                state['momentum'] = torch.zeros_like(grad)         # (n * parts, rows, columns)
+            old = state['momentum']
             new = old.lerp(grad, 1 - self.MOMENTUM)
             state['momentum'] = torch.where(skip, old, new)
             step = orthogonalize(grad.lerp(new, self.MOMENTUM), self.dtype)      # Nesterov's
@@ -501,7 +510,7 @@ def save(trainer, data):
     UserError if it can't be written, as on a full disk."""
     if trainer.process.rank:
         return
-    path = os.path.join(trainer.config.out, 'ckpt.pt')
+    path = target = os.path.join(trainer.config.out, 'ckpt.pt')
     state = trainer.state() | {'config': dataclasses.asdict(trainer.config),
                                'class_names': data.class_names, 'images': len(data)}
     try:
@@ -512,14 +521,14 @@ def save(trainer, data):
             os.fsync(f.fileno())
         os.replace(path + '.tmp', path)
         if is_due(trainer.config.keep_interval, trainer.step):
-            own = os.path.join(trainer.config.out, f'ckpt_{trainer.step:07d}.pt')
-            with whole(own) as kept:
+            target = os.path.join(trainer.config.out, f'ckpt_{trainer.step:07d}.pt')
+            with whole(target) as kept:
                 shutil.copyfile(path, kept)
     except (OSError, RuntimeError) as e:                           # the latter is torch's
         with contextlib.suppress(OSError):
             os.remove(path + '.tmp')
-        raise UserError(f'{path} could not be written at step {trainer.step} '
-                        f'({str(e).splitlines()[0]}); the one before is untouched: make room, and '
+        raise UserError(f'{target} could not be written at step {trainer.step} '
+                        f'({str(e).splitlines()[0]}); {path} is untouched by that: make room, and '
                         'the same command resumes from it')
 
 
@@ -608,7 +617,7 @@ class Log:
         for names in PANELS:
             curves = {}
             for name in names.split():
-                points = [(float(row['step']), float(row[name])) for row in self.rows
+                points = [(number(row['step']), number(row[name])) for row in self.rows
                           if row.get(name)]
                 points = [p for p in points[len(points) // 10:] if math.isfinite(p[1])]
                 if any(value for _, value in points):              # not of terms that are off
@@ -617,6 +626,13 @@ class Log:
                 panels.append(np.asarray(plot(curves, 'step', '')))
         if panels:
             grid(np.stack(panels), 2).save(path)
+
+
+def number(text):
+    try:
+        return float(text)
+    except ValueError:                                             # the file was damaged
+        return math.nan
 
 
 # Of log.png: terms of one size share one.
@@ -636,10 +652,16 @@ def validate(trainer, held):
     steps = max(1, min(len(held), HELD_OUT) // size)
     torch.manual_seed(mix_seed(DIFFUSION, c.seed))
     g = generator(process.device, RECON, c.seed)
+    # Unreadable ones are replaced, and counted for nothing: they may be a large share of few.
+    data = BatchDataset(held, c.image_size, size, c.seed, False, process.rank, process.world)
     values = []
-    for image, y, _ in batches(held, c.image_size, size, c.seed, flip=False, start=0, steps=steps,
-                               rank=process.rank, world=process.world):
-        image, y = from_uint8(image.to(process.device)), y.to(process.device)
+    for step in range(steps):
+        try:
+            pixels, y, _ = data[step]                              # (b, H, W, 3), (b,)
+        except Unreadable:
+            raise UserError('no image that --holdout keeps can be read; repair or remove them')
+        image = from_uint8(torch.from_numpy(pixels).permute(0, 3, 1, 2).to(process.device))
+        y = torch.from_numpy(y).to(process.device)
         noise = torch.randn(size, *model.flow.shape, generator=g, device=process.device)
         with process.autocast():
             recon, nll, _, mu = model(image, y, noise.chunk(process.world)[process.rank])[:4]
@@ -709,6 +731,7 @@ def print_plan(config):
     else:
         data = open_data(config.data)
         images, classes = len(data), len(data.class_names)
+    images -= math.ceil(config.holdout * images)
     with torch.device('meta'):
         model = SimFlow(config, classes)
         parts = {'flow': model.flow, 'VAE': model.vae, 'encoder': model.vae.encoder}
@@ -797,9 +820,12 @@ def open_log(path, rank):
     return Log(path) if rank == 0 else None
 
 
-def write_row(trainer, log, meter, lr, steps, measured):
-    """Averages since the last row, and what was `measured` now, to the log and to the terminal."""
-    row = {'step': trainer.step} | trainer.row() | {'lr': lr} | measured | meter.row()
+def write_row(trainer, log, meter, lr, steps, held):
+    """Averages since the last row, and what images `held` out say, if any, to the log and to the
+    terminal."""
+    row = {'step': trainer.step} | trainer.row() | {'lr': lr} | meter.row()
+    measured = validate(trainer, held) if held else {}             # not on the meter's time
+    row |= measured
     if log:
         log.write(row)
     names = [*trainer.names, *measured, 'images_per_s', 'data_wait', 'peak_gb']
@@ -849,10 +875,10 @@ def train(config, data, process):
             stopped = process.max(interrupt.signal)
             done, ends = trainer.step == steps, trainer.step == last
             draws = is_due(config.sample_interval, trainer.step)
-            measured = validate(trainer, held) if len(held) and (draws or done) else {}
+            validates = len(held) > 0 and (draws or done)
             # The last row may be of fewer steps.
-            if measured or done or is_due(config.log_interval, trainer.step):
-                write_row(trainer, log, meter, lr, steps, measured)
+            if validates or done or is_due(config.log_interval, trainer.step):
+                write_row(trainer, log, meter, lr, steps, held if validates else None)
             # Before the pictures, as a kill may follow the signal.
             if stopped or ends or saves(config, trainer.step):
                 save(trainer, data)
@@ -872,7 +898,7 @@ def initialise(trainer, data):
     """Begin with what --init holds, and measure what depends on it."""
     c, process = trainer.config, trainer.process
     process.print(trainer.start_from(load_checkpoint(c.init, '--init')))
-    if c.unit_std:
+    if c.unit_std and trainer.model.vae.std == 1:                  # else --init had it done
         image, *_ = next(batches(data, c.image_size, c.batch_size, c.seed, flip=False, start=0,
                                  steps=1, rank=process.rank, world=process.world))
         trainer.measure_std(image)

@@ -211,6 +211,9 @@ def test_latents_are_divided_by_their_std(tmp_path, capsys):
     pixels, *_ = next(batches(open_data('shapes'), 16, 8, 0, True, 0, 1))
     mu, sigma = two.vae.encode(from_uint8(pixels))
     assert (mu.var() + sigma.square().mean()).sqrt() == pytest.approx(1, rel=0.01)
+    train.main([*first, '--init', str(tmp_path / 'two' / 'ckpt.pt'),
+                '--out', str(tmp_path / 'three')])
+    assert load_model(tmp_path / 'three' / 'ckpt.pt')[0].vae.std == two.vae.std    # not again
     state = torch.load(tmp_path / 'one' / 'ckpt.pt', weights_only=True)
     for part in ('model', 'ema'):
         del state[part]['vae.std']                                 # as before there was one
@@ -474,6 +477,16 @@ def test_sit_is_guided_on_velocities(monkeypatch):
     torch.testing.assert_close(sit.sample(GRID, y, cfg=2.0), GRID - (3 + 2 * 2))
 
 
+def test_diffusion_models_of_before_are_refused(tmp_path):
+    """Their weights would fit, and mean something else."""
+    train.main([*options('sit', steps=1, sample_interval=0), '--out', str(tmp_path)])
+    state = torch.load(tmp_path / 'ckpt.pt', weights_only=True)
+    del state['config']['unit_std']
+    torch.save(state, tmp_path / 'ckpt.pt')
+    with pytest.raises(UserError, match='earlier version'):
+        load_model(tmp_path / 'ckpt.pt')
+
+
 # -------------------------------------------------------------------------------------- all presets
 
 @pytest.mark.parametrize('preset', NANO_SIZED)
@@ -513,6 +526,8 @@ def test_presets_train_sample_and_resume(tmp_path, preset):
     (['--model', 'repa', '--repa_block', '4'], '--repa_block 4'),
     (['--model', 'sit', '--align', 'forward'], '--prior sit'),
     (['--model', 'tarflow', '--vae_mults', '1,1'], '--vae_mults'),
+    (['--model', 'sit', '--width', '18'], '--width'),
+    (['--unit_std', '1'], '--unit_std'),
     (['--model', 'tarflow', '--layers='], '--layers'),
     (['--model', 'slerp', '--denoise', '1'], '--denoise'),
     (['--freeze', 'vae', '--init', 'x', '--lpips', '1'], '--lpips'),

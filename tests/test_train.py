@@ -452,6 +452,19 @@ def test_held_out_images_are_never_trained_on_and_always_the_same():
     assert len(hold_out(Part(data, np.arange(1)), 0.5)[0]) == 1    # something is left to train on
 
 
+def test_an_unreadable_image_held_out_stops_nobody(tmp_path):
+    """One of two: 1% of all, but half of them."""
+    (tmp_path / 'images').mkdir()
+    for i in range(200):
+        Image.new('RGB', (16, 16), (i, 0, 0)).save(tmp_path / 'images' / f'{i:03d}.png')
+    data = open_data(str(tmp_path / 'images'))
+    broken = hold_out(data, 0.01)[1].name(0)
+    (tmp_path / 'images' / broken).write_bytes(b'no image')
+    train.main(TINY + ['--steps', '2', '--holdout', '0.01', '--sample_interval', '1', '--data',
+                       str(tmp_path / 'images'), '--out', str(tmp_path / 'out')])
+    assert all(row['val_nll'] for row in read_log(tmp_path / 'out'))
+
+
 def test_what_held_out_images_say(tmp_path):
     """nll, PSNR and std of mu are those of the model that was saved, and log.png is drawn."""
     options = TINY + ['--steps', '6', '--log_interval', '4', '--sample_interval', '3',
