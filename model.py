@@ -865,7 +865,7 @@ def plot(series, x_label, y_label):
         x, y = origin + (value - low) * scale
         draw.line([x, bottom, x, top], '#dddddd', 2)
         draw.line([left, y, right, y], '#dddddd', 2)
-        draw.text((x, bottom + 12), f'{value[0]:.3g}', 'black', font, anchor='ma')
+        draw.text((x, bottom + 12), f'{value[0]:.4g}', 'black', font, anchor='ma')
         draw.text((left - 12, y), f'{value[1]:.3g}', 'black', font, anchor='rm')
     draw.text(((left + right) / 2, 930), x_label, 'black', font, anchor='ms')
     draw.text((left, 48), y_label, 'black', font, anchor='ls')
