@@ -490,7 +490,7 @@ def test_what_held_out_images_say(tmp_path):
     assert float(row['val_psnr']) == pytest.approx(torch.cat(psnr).mean().item(), rel=1e-4)
     assert float(row['val_mu_std']) == pytest.approx(
         torch.stack(variance).mean().sqrt().item(), rel=1e-4)
-    assert Image.open(tmp_path / 'log.png').size == (1440, 1440)      # five panels, by two
+    assert Image.open(tmp_path / 'log.png').size == (1440, 1440)      # six panels, by two
 
 
 # -------------------------------------------------------------------------------- files and options
