@@ -343,10 +343,15 @@ class Part(Data):
         return self.data.load(self.index[i])
 
 
+def held_out(n, share):
+    """-> how many of n images: a share, but never all"""
+    return min(math.ceil(share * n), n - 1)
+
+
 def hold_out(data, share):
     """-> two parts, the second with a share of the images, the same ones every time"""
     order = np.random.default_rng(0).permutation(len(data))
-    n = min(math.ceil(share * len(data)), len(data) - 1)
+    n = held_out(len(data), share)
     return Part(data, np.sort(order[n:])), Part(data, np.sort(order[:n]))
 
 

@@ -23,7 +23,6 @@ import zipfile
 import zlib
 
 import numpy as np
-from PIL import Image
 import torch
 from torch import nn
 import torch.distributed as dist
@@ -33,7 +32,8 @@ from tqdm import tqdm
 from data import (Unreadable, UserError, cli, crop, fetch, hexdigest, open_data, option,
                   parse_options, refuse_damage, refuse_negative, whole)
 from model import (RECON, TOL, check_sampling, find_process, generator, grid, load_model,
-                   note_on_guidance, plot, sample_images, to_uint8, tolerance, with_weights_in)
+                   note_on_guidance, plot, psnr, sample_images, to_uint8, tolerance,
+                   with_weights_in)
 from vae import load_lpips
 
 SPLITS = 10                                # of the Inception score, and thus the fewest images
@@ -497,12 +497,6 @@ def compare(sample, ref, features, process):
 def zero_to_one(pixels):
     """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 on [0, 1]"""
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
-
-
-def psnr(a, b):
-    """(B, 3, H, W) on [0, 1] -> (B,) dB"""
-    error = (a - b).square().mean((1, 2, 3))
-    return -10 * error.clamp(min=1e-10).log10()
 
 
 def ssim(a, b):
@@ -1004,21 +998,30 @@ def by_gradient(flow, x):
     (B, classes). In every block the class embedding is softmax(l) @ E, at l = 0 the mean of all;
     the answer is the logit that log p(x | l) would raise most. One forward, one backward, whatever
     the number of classes. TARFlow is trained with that mean in place of "no class"."""
-    with torch.enable_grad():
-        logits = x.new_zeros(len(x), flow.null_class, requires_grad=True)
-        weights = F.pad(logits.softmax(1), (0, 1))                 # none of "no class"
-        log_p = flow.log_prob(*flow(x, weights))
-        return torch.autograd.grad(log_p.sum(), logits)[0]
+    return gradient_in_logits(flow, x, mean_of_classes)
+
+
+def mean_of_classes(logits):
+    return F.pad(logits.softmax(1), (0, 1))                        # none of "no class"
 
 
 def by_null_gradient(flow, x):
     """The same where the flow was trained: at "no class" itself, towards each class's embedding
     (ours)."""
-    with torch.enable_grad():
-        logits = x.new_zeros(len(x), flow.null_class, requires_grad=True)
-        weights = F.pad(logits, (0, 1), value=1.0)
-        log_p = flow.log_prob(*flow(x, weights))
-        return torch.autograd.grad(log_p.sum(), logits)[0]
+    return gradient_in_logits(flow, x, no_class)
+
+
+def no_class(logits):
+    return F.pad(logits, (0, 1), value=1.0)
+
+
+@torch.enable_grad()
+def gradient_in_logits(flow, x, weigh):
+    """x (B, T, D), weigh: logits (B, classes) -> weights (B, classes + 1) of the embeddings ->
+    (B, classes), the gradient of log p(x) in the logits where they are 0"""
+    logits = x.new_zeros(len(x), flow.null_class, requires_grad=True)
+    log_p = flow.log_prob(*flow(x, weigh(logits)))
+    return torch.autograd.grad(log_p.sum(), logits)[0]
 
 
 def by_likelihood(flow, x):

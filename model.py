@@ -295,10 +295,10 @@ STAGE_ONE = dict(epochs=80, constant=1.0)
 LEARNED = NANO | dict(codec='learned', sigma=0.0, latent_norm=False)
 # Blocks of equal depth, every one guided, a denoising step at the end. Large ones as published,
 # without average and clipping, and with an epoch of warm-up.
-TAR = dict(codec='pixels', prior='tarflow', vae_mults=(1,), l1=0.0, lpips=0.0, gan=0.0,
-           guidance='tarflow', denoise=True, beta2=0.95, weight_decay=1e-4)
-TARFLOW = NANO | TAR | dict(latent_dim=48, sigma=0.05, layers=(2, 2, 2, 2), l2=0.0)
-TAR = TAR | dict(layers=8 * (8,), width=768, heads=12, constant=0.0, ema=0.0, clip=1e9)
+PIXEL_FLOW = dict(codec='pixels', prior='tarflow', vae_mults=(1,), l1=0.0, lpips=0.0, gan=0.0,
+                  guidance='tarflow', denoise=True, beta2=0.95, weight_decay=1e-4)
+TARFLOW = NANO | PIXEL_FLOW | dict(latent_dim=48, sigma=0.05, layers=(2, 2, 2, 2), l2=0.0)
+TAR = PIXEL_FLOW | dict(layers=8 * (8,), width=768, heads=12, constant=0.0, ema=0.0, clip=1e9)
 PRESETS = {
     'nano': NANO,
     # A quarter of an hour on one GPU, by its rates in RESULTS.md, which shows three minutes.
@@ -724,12 +724,16 @@ def load_model(path):
     config = Config(**state['config'])
     model = SimFlow(config, len(state['class_names'])).eval().requires_grad_(False)
     try:
-        model.load_state_dict({name: value for name, value in state['ema'].items()
-                               if not name.startswith('projector.')})      # only for training
+        model.load_state_dict(without_projector(state['ema']))
     except RuntimeError as e:
         raise UserError(f'{path} holds other weights than its own options say '
                         f'({str(e).splitlines()[-1].strip()}); use the version that trained it')
     return model, config, state['class_names']
+
+
+def without_projector(weights):
+    """Which is only for training."""
+    return {name: value for name, value in weights.items() if not name.startswith('projector.')}
 
 
 def export(path, out):
@@ -739,8 +743,7 @@ def export(path, out):
         raise UserError(f'--export {out} would replace the checkpoint itself; name another file')
     state = load_checkpoint(path, mmap=True)
     kept = {name: state[name] for name in ('config', 'class_names', 'step')}
-    kept['ema'] = {name: value for name, value in state['ema'].items()
-                   if not name.startswith('projector.')}           # only for training
+    kept['ema'] = without_projector(state['ema'])
     with whole(out) as temporary:
         torch.save(kept, temporary)
     print(f'{out}: averaged weights of step {state["step"]:,}, from {path}')
@@ -836,6 +839,12 @@ def to_uint8(images):
 def from_uint8(images):
     """(B, 3, H, W) uint8 -> float32 in [-1, 1]"""
     return images.float() / 127.5 - 1
+
+
+def psnr(a, b):
+    """(B, 3, H, W) on [0, 1] -> (B,) dB"""
+    error = (a - b).square().mean((1, 2, 3))
+    return -10 * error.clamp(min=1e-10).log10()
 
 
 def grid(images, columns):

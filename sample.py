@@ -139,6 +139,15 @@ def save_npz(path, batches, labels, class_names):
                 np.lib.format.write_array(f, labels)
 
 
+def choose_writer(path):
+    """-> the function above that writes what `path` asks for"""
+    if path.endswith('.png'):
+        return save_grid
+    if path.endswith('.npz'):
+        return save_npz
+    return save_folder
+
+
 def progress(batches, total, quiet):
     """The same batches, with a bar that counts their images."""
     with tqdm(total=total, unit=' images', disable=quiet or None) as bar:
@@ -180,8 +189,7 @@ def main(argv):
         for _ in batches:                                          # makes this process's share
             pass
         return
-    save = {'.png': save_grid, '.npz': save_npz}.get(path[-4:], save_folder)
-    save(path, batches, labels.numpy()[order], class_names)
+    choose_writer(path)(path, batches, labels.numpy()[order], class_names)
     print(f'{path}: {n} images, cfg {options.cfg}, gamma {options.gamma} (0 is off)')
 
 

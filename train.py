@@ -25,13 +25,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import (BatchDataset, Unreadable, UserError, batches, cli, hold_out, open_data,
-                  parse_options, whole)
+from data import (BatchDataset, Unreadable, UserError, batches, cli, held_out, hold_out,
+                  open_data, parse_options, whole)
 from flow import Layer, SiT, VPFlow
 from model import (DIFFUSION, PRESETS, RECON, TRAIN, Aligned, Config, SimFlow, alignment,
                    find_process, from_uint8, generator, grid, load_checkpoint, load_teacher,
-                   mix_seed, plot, resample_grid, sample_images, to_uint8,
-                   with_weights_in)
+                   mix_seed, plot, psnr, resample_grid, sample_images, to_uint8, with_weights_in)
 from vae import VAE, Discriminator, adaptive_weight, hinge, load_lpips
 
 try:
@@ -120,8 +119,8 @@ class Trainer:
             with process.device:
                 self.disc = Discriminator(config.gan_width, config.gan_layers)
             self.disc.to(memory_format=torch.channels_last)
-            self.disc_opt = adamw(self.disc.parameters(), config.gan_lr, config.gan_beta2,
-                                  beta1=config.gan_beta1)
+            self.disc_opt = adamw(self.disc.parameters(), config.gan_lr,
+                                  (config.gan_beta1, config.gan_beta2))
             self.disc_ddp = process.distribute(self.disc)
             self.ddps.append(self.disc_ddp)
             self.names += ['gan', 'd_weight', 'd_loss', 'logits_real', 'logits_fake', 'd_grad_norm']
@@ -192,7 +191,7 @@ class Trainer:
     def can_replay(self):
         """Can a step be one CUDA graph? Not before its parts are compiled, not in several
         processes, not where the prior keeps sums of its own or draws random numbers."""
-        c, process = self.config, self.process
+        process = self.process
         return (process.compile and process.device.type == 'cuda' and process.world == 1
                 and not isinstance(self.model.flow, (VPFlow, SiT)) and self.warm_steps >= 2)
 
@@ -429,15 +428,15 @@ def build_optimizers(model, config, dtype):
     hidden = hidden_weights(model) if config.optimizer == 'muon' else []
     own = {id(weight) for weight, _ in hidden}
     others = [p for p in model.parameters() if id(p) not in own]
-    opts = {'opt': adamw(others, config.lr, config.beta2, config.weight_decay)}
+    opts = {'opt': adamw(others, config.lr, (0.9, config.beta2), config.weight_decay)}
     if hidden:
         opts['muon'] = Muon(hidden, config.lr, dtype)
     return opts
 
 
-def adamw(weights, lr, beta2, weight_decay=0.0, beta1=0.9):
+def adamw(weights, lr, betas, weight_decay=0.0):
     trained = [w for w in weights if w.requires_grad]
-    return torch.optim.AdamW(trained, lr, (beta1, beta2), weight_decay=weight_decay, fused=True)
+    return torch.optim.AdamW(trained, lr, betas, weight_decay=weight_decay, fused=True)
 
 
 def hidden_weights(model):
@@ -665,13 +664,12 @@ def validate(trainer, held):
         noise = torch.randn(size, *model.flow.shape, generator=g, device=process.device)
         with process.autocast():
             recon, nll, _, mu = model(image, y, noise.chunk(process.world)[process.rank])[:4]
-        error = (recon.clamp(-1, 1) - image).square().mean((1, 2, 3))
-        psnr = 10 * torch.log10(4 / error.clamp(min=1e-10))
-        values.append(torch.stack([nll.mean(), psnr.mean(), variance(mu)]))
+        quality = psnr((recon.clamp(-1, 1) + 1) / 2, (image + 1) / 2)
+        values.append(torch.stack([nll.mean(), quality.mean(), variance(mu)]))
     values = torch.stack(values).mean(0)
     process.mean(values)
-    nll, psnr, var = values.tolist()
-    return {'val_nll': nll, 'val_psnr': psnr, 'val_mu_std': math.sqrt(var)}
+    nll, quality, var = values.tolist()
+    return {'val_nll': nll, 'val_psnr': quality, 'val_mu_std': math.sqrt(var)}
 
 
 def save_pictures(trainer, data, log):
@@ -731,7 +729,7 @@ def print_plan(config):
     else:
         data = open_data(config.data)
         images, classes = len(data), len(data.class_names)
-    images -= math.ceil(config.holdout * images)
+    images -= held_out(images, config.holdout)
     with torch.device('meta'):
         model = SimFlow(config, classes)
         parts = {'flow': model.flow, 'VAE': model.vae, 'encoder': model.vae.encoder}

@@ -26,8 +26,8 @@ from data import Parser, UserError, cli, crop, open_data
 from evaluate import psnr, zero_to_one
 from model import RECON, find_process, generator, load_model, sample_images, to_uint8
 
-# About nano, with AdamW as in the papers, so that all rows fit an afternoon of one core. The flow of
-# pixels has as many layers as the others.
+# About nano, with AdamW as in the papers, so that all rows fit an afternoon of one core. The flow
+# of pixels has as many layers as the others.
 SIZE = ('--width 96 --layers 1,1,2 --vae_width 48 --steps 600 --optimizer adamw --lr 1e-3 '
         '--lr_end 1e-5 --warmup 100 --l2 100 --save_interval 200 --sample_interval 0 '
         '--log_interval 100 --workers 0 --holdout 0 --device cpu').split()
@@ -145,13 +145,17 @@ class Judge:
         self.n, self.reference, self.labels = n, features[:n], self.labels[:n]
         print(json.dumps({'floor': round(j.frechet(features[n:], features[:n]))}))
 
+    def features(self, model, labels, cfg, gamma=0.0):
+        """-> features of samples of these classes"""
+        batches = sample_images(model, labels, 0, find_process('cpu'), 100, cfg, gamma)
+        return self.judge.features(self.net, np.concatenate(list(batches)), 96)
+
     def __call__(self, path):
         """-> distance and label accuracy at cfg 0 and 2"""
         model, _, names = load_model(path)
         labels, row = torch.arange(self.n) % len(names), {}
         for cfg in (0, 2):
-            batches = sample_images(model, labels, 0, find_process('cpu'), 100, float(cfg))
-            features = self.judge.features(self.net, np.concatenate(list(batches)), 96)
+            features = self.features(model, labels, float(cfg))
             row[f'fd {cfg}'] = self.judge.frechet(features, self.reference)
             votes = self.judge.votes(self.reference, self.labels, features)
             row[f'acc {cfg}'] = float((votes == labels.numpy()).mean())

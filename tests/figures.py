@@ -17,13 +17,12 @@ import os
 import subprocess
 import sys
 
-import numpy as np
 import torch
 
 import ablation
 import conftest
 from data import Parser, cli
-from model import find_process, load_model, plot, sample_images
+from model import load_model, plot
 
 ablation.ROWS |= {
     f'repa_{block}': (f'aligned block {block}', f'--model repa --repa_layer 1 --repa_block {block}',
@@ -71,8 +70,7 @@ def figure_7(train, held_out, judge, out):
     for gamma in (0.0, 0.25):
         curve = curves.setdefault(f'gamma {gamma:g}', [])
         for cfg in (0.0, 1.0, 2.0, 3.0, 4.0):
-            batches = sample_images(model, labels, 0, find_process('cpu'), 100, cfg, gamma)
-            features = judge.judge.features(judge.net, np.concatenate(list(batches)), 96)
+            features = judge.features(model, labels, cfg, gamma)
             curve.append((cfg, judge.judge.frechet(features, judge.reference)))
     plot(curves, 'cfg', 'distance').save(os.path.join(out, 'figure_7.png'))
     rows = {name: {f'cfg {cfg:g}': value for cfg, value in curve}
