@@ -159,8 +159,8 @@ class Config:
     repa: str = option('dinov2', 'the teacher: dinov2 (downloaded once), random, or a file of '
                       "DINOv2's weights")
     repa_weight: float = option(1.0, 'weight of the alignment')
-    repa_block: int = option(3, 'block that is aligned, from 1 on, image -> noise')
-    repa_layer: int = option(1, 'after which of its layers, from 1 on')
+    repa_block: tuple[int, ...] = option((3,), 'blocks that are aligned, from 1 on, image -> noise')
+    repa_layer: int = option(1, 'after which of their layers, from 1 on')
     repa_width: int = option(2048, 'width of the MLP between flow and teacher')
     gan: float = option(0.1, 'weight of the adversarial loss; 0 is off')
     gan_start: int = option(0, 'first step with the adversarial loss')
@@ -220,6 +220,7 @@ class Config:
         values, several = vars(self), 'must be positive integers, such as 2,2,6'
         require(min(self.layers, default=1) > 0, f'--layers {several}')
         require(min(self.vae_mults, default=0) > 0, f'--vae_mults {several}')
+        require(min(self.repa_block, default=0) > 0, f'--repa_block {several}')
         for name in POSITIVE:
             require(values[name] > 0, f'--{name} must be positive, not {values[name]}')
         for name in SHARES:
@@ -273,14 +274,15 @@ class Config:
                 f'--prior sit needs a --width that is a multiple of 4, not {self.width}')
         require(not (sit and (self.align or self.denoise)),
                 '--align and --denoise need a flow, not --prior sit')
-        require(not self.align or self.repa_block <= len(self.layers)
-                and self.repa_layer <= self.layers[self.repa_block - 1],
-                f'--repa_block {self.repa_block} --repa_layer {self.repa_layer}: no such layer in '
-                f'--layers {",".join(map(str, self.layers))}')
+        if self.align:
+            for block in self.repa_block:
+                require(self.repa_layer in range(1, 1 + sum(self.layers[block - 1:block])),
+                        f'--repa_block {block} --repa_layer {self.repa_layer}: no such layer in '
+                        f'--layers {",".join(map(str, self.layers))}')
 
 
 POSITIVE = ('image_size latent_dim vae_width vae_patch width heads gan_width gan_layers batch_size '
-            'grad_accum lr clip log_interval repa_block repa_layer repa_width').split()
+            'grad_accum lr clip log_interval repa_layer repa_width').split()
 SHARES = 'class_drop constant ema beta2 gan_beta1 gan_beta2 holdout'.split()
 # A row is what differs from Config's defaults, which are XXL's (SimFlow Tables 8 and 9).
 # nano is for a CPU. Patches of 4 pixels make its VAE small, and 64 tokens of 16 channels are easier
@@ -342,8 +344,8 @@ PRESETS = {
                              heads=16, batch_size=768, epochs=320, warmup=1700),
     'tarflow_afhq': TAR | dict(vae_patch=8, latent_dim=192, sigma=0.07, epochs=4000, warmup=57),
     # A teacher for the flow's features (REPA-E; Flowing Backwards), here a random network:
-    'repa': NANO | dict(align='forward', repa='random', repa_block=2, repa_width=256),
-    'r_repa': NANO | dict(align='reverse', repa='random', repa_weight=0.1, repa_block=2,
+    'repa': NANO | dict(align='forward', repa='random', repa_block=(2,), repa_width=256),
+    'r_repa': NANO | dict(align='reverse', repa='random', repa_weight=0.1, repa_block=(2,),
                           repa_layer=2, repa_width=256),
     # A diffusion model for the flow (Table 7):
     'sit': NANO | dict(prior='sit'),
@@ -415,26 +417,32 @@ NOISE = {'additive': Noise(additive), 'linear': Noise(linear), 'slerp': Noise(sl
 
 
 class Aligned(SimFlow):
-    """SimFlow whose flow is to see what a teacher sees: `forward` also returns a hidden state,
-    mapped by a trainable MLP into the teacher's space of `features` channels."""
+    """SimFlow whose flow is to see what a teacher sees: `forward` also returns hidden states of
+    some blocks, each mapped by an MLP of its own into the teacher's space of `features` channels.
+    """
 
     def __init__(self, config, classes, features):
         super().__init__(config, classes)
         c = config
-        self.align, self.block, self.layer = ALIGN[c.align], c.repa_block, c.repa_layer
-        self.projector = nn.Sequential(nn.Linear(c.width, c.repa_width), nn.SiLU(),
-                                       nn.Linear(c.repa_width, c.repa_width), nn.SiLU(),
-                                       nn.Linear(c.repa_width, features))
+        self.align, self.aligned, self.layer = ALIGN[c.align], c.repa_block, c.repa_layer
+        self.projectors = nn.ModuleList(
+            nn.Sequential(nn.Linear(c.width, c.repa_width), nn.SiLU(),
+                          nn.Linear(c.repa_width, c.repa_width), nn.SiLU(),
+                          nn.Linear(c.repa_width, features)) for _ in c.repa_block)
 
     def forward(self, image, y, noise):
-        """As SimFlow's, and then (B, T, features), to be aligned with the teacher's patches"""
+        """As SimFlow's, and then (blocks, B, T, features), to be aligned with the teacher's patches
+        """
         (x, mu, sigma), inputs = self.latents(image, noise), []
         z, logdet = self.flow(x, y, inputs)
         nll = -self.flow.log_prob(z, logdet) / x[0].numel()
-        x_block = self.align(self.flow, inputs, z, y, self.block)
-        hidden = features(self.flow.blocks[self.block - 1], x_block, y, self.layer)
+        projected = []
+        for number, projector in zip(self.aligned, self.projectors):
+            x_block = self.align(self.flow, inputs, z, y, number)
+            hidden = features(self.flow.blocks[number - 1], x_block, y, self.layer)
+            projected.append(projector(hidden))
         entropy = learned_entropy(sigma, nll)
-        return self.vae.decode(x), nll, entropy, mu, self.projector(hidden)
+        return self.vae.decode(x), nll, entropy, mu, torch.stack(projected)
 
 
 def features(block, x, y, layers):
@@ -449,7 +457,8 @@ def features(block, x, y, layers):
 
 
 def alignment(projected, features):
-    """Two (B, T, F) -> minus their mean cosine, in float32: squares of bf16 are too coarse"""
+    """(blocks, B, T, F), (B, T, F) -> minus their mean cosine, in float32: squares of bf16 are too
+    coarse"""
     return -F.cosine_similarity(projected.float(), features.float(), dim=-1).mean()
 
 
@@ -649,6 +658,9 @@ def load_checkpoint(path, option='--ckpt', mmap=False):
             state[part] = {new_name(name): value for name, value in state[part].items()}
             if state['config'].get('codec') == 'learned':          # older ones lack it
                 state[part].setdefault('vae.std', torch.ones(()))
+        block = state['config'].get('repa_block')
+        if isinstance(block, int):                                 # once there was but one
+            state['config']['repa_block'] = (block,)
         newer = [f'--{name}' for name in state['config'] if name not in known]
         state['config'] = known | state['config']                  # which may lack an option
     except FileNotFoundError:
@@ -667,7 +679,8 @@ def load_checkpoint(path, option='--ckpt', mmap=False):
 
 
 def new_name(name):
-    """Of a weight, in checkpoints from when a block was its transformer."""
+    """Of a weight, in checkpoints from when a block was its transformer, and one was aligned."""
+    name = re.sub(r'^projector\.', 'projectors.0.', name)
     return re.sub(r'^(flow\.blocks\.\d+\.)(?!transformer\.)', r'\1transformer.', name)
 
 
@@ -733,7 +746,7 @@ def load_model(path):
 
 def without_projector(weights):
     """Which is only for training."""
-    return {name: value for name, value in weights.items() if not name.startswith('projector.')}
+    return {name: value for name, value in weights.items() if not name.startswith('projectors.')}
 
 
 def export(path, out):

@@ -389,17 +389,46 @@ def reached(model, loss):
     ('reverse_through', {'blocks.1', 'blocks.2'})])
 def test_which_parameters_alignment_teaches(align, parts):
     torch.manual_seed(0)
-    model = Aligned(config('repa', align=align, repa_block=2, layers=(1, 1, 1)), 3, 8)
+    model = Aligned(config('repa', align=align, repa_block=(2,), layers=(1, 1, 1)), 3, 8)
     for p in model.parameters():
         p.data += 0.05 * torch.randn_like(p)
     image, y, noise = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 3]), torch.randn(4, 16, 4)
     *_, projected = model(image, y, noise)
-    assert projected.shape == (4, 16, 8)
+    assert projected.shape == (1, 4, 16, 8)
     assert reached(model, alignment(projected, torch.randn(4, 16, 8))) == parts
     # nothing else has changed
     plain = SimFlow.forward(model, image, y, noise)
     for a, b in zip(model(image, y, noise), plain):
         torch.testing.assert_close(a, b)
+
+
+def test_several_blocks_are_aligned_each_by_itself():
+    model = Aligned(config('repa', repa_block=(3, 1), layers=(1, 1, 1)), 3, 8)
+    batch = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 3]), torch.randn(4, 16, 4)
+    *_, both = model(*batch)
+    for i, block in enumerate((3, 1)):
+        alone = Aligned(config('repa', repa_block=(block,), layers=(1, 1, 1)), 3, 8)
+        weights = {name: value for name, value in model.state_dict().items()
+                   if not name.startswith('projectors')}
+        weights |= {f'projectors.0.{name}': value
+                    for name, value in model.projectors[i].state_dict().items()}
+        alone.load_state_dict(weights)
+        torch.testing.assert_close(alone(*batch)[-1], both[i:i + 1])
+
+
+def test_checkpoints_from_when_one_block_was_aligned_resume(tmp_path):
+    argv = options('repa', out=str(tmp_path), sample_interval=0)
+    train.main([*argv, '--steps', '2', '--stop_at', '1'])
+    path = tmp_path / 'ckpt.pt'
+    state = torch.load(path, weights_only=True)
+    state['config']['repa_block'] = 2
+    for part in ('model', 'ema'):
+        state[part] = {name.replace('projectors.0.', 'projector.'): value
+                       for name, value in state[part].items()}
+    assert 'projector.0.weight' in state['model']
+    torch.save(state, path)
+    train.main([*argv, '--steps', '2'])
+    assert load_model(path)[1].repa_block == (2,)
 
 
 @pytest.mark.parametrize('block', [1, 2, 3])
@@ -523,7 +552,7 @@ def test_presets_train_sample_and_resume(tmp_path, preset):
     (['--noise', 'pink'], '--noise pink'), (['--model', 'frozen'], '--init'),
     (['--model', 'tarflow', '--latent_dim', '16', '--vae_patch', '2'], '--latent_dim 16'),
     (['--noise', 'slerp', '--sigma', '1.5'], '--sigma'),
-    (['--model', 'repa', '--repa_block', '4'], '--repa_block 4'),
+    (['--model', 'repa', '--repa_block', '1,4'], '--repa_block 4'),
     (['--model', 'sit', '--align', 'forward'], '--prior sit'),
     (['--model', 'tarflow', '--vae_mults', '1,1'], '--vae_mults'),
     (['--model', 'sit', '--width', '18'], '--width'),
