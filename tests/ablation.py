@@ -2,13 +2,14 @@
 table.
 
     OMP_NUM_THREADS=1 python tests/ablation.py fashion_mnist.zip --judge judge.py
-                                               [--seeds 0 1] [--rows starflow tarflow]
+                        [--seeds 0 1] [--steps 600] [--rows starflow tarflow]
 
 DATA is a zip of class folders; a tenth of its images is kept out of training, and measured with.
 judge.py measures samples: it must have the functions features(net, images, size), frechet(a, b),
 votes(reference, labels, samples) and a pretrained network; without --judge those columns stay
 empty. Runs that are finished are not run again, so the command can be interrupted; two of them, a
-seed each, use two cores. On one core a row takes about three minutes.
+seed each, use two cores, but other --steps need another --out. On one core a row takes about
+three minutes.
 """
 import argparse
 import importlib.util
@@ -28,13 +29,14 @@ from model import RECON, find_process, generator, load_model, sample_images, to_
 
 # About nano, with AdamW as in the papers, so that all rows fit an afternoon of one core. The flow
 # of pixels has as many layers as the others.
-SIZE = ('--width 96 --layers 1,1,2 --vae_width 48 --steps 600 --optimizer adamw --lr 1e-3 '
+SIZE = ('--width 96 --layers 1,1,2 --vae_width 48 --optimizer adamw --lr 1e-3 '
         '--lr_end 1e-5 --warmup 100 --l2 100 --save_interval 200 --sample_interval 0 '
         '--log_interval 100 --workers 0 --holdout 0 --device cpu').split()
+TEACHER = '--repa random --repa_layer 1 --repa_width 256'
 # name: what it is, options of train.py, the row whose checkpoint it starts from
 ROWS = {
     'nano': ('SimFlow: end to end, sigma 0.5', '--model nano', ''),
-    'nano_long': ('the same, as many steps as two stages', '--model nano --steps 1200', ''),
+    'nano_long': ('the same, as many steps as two stages', '--model nano --steps {twice}', ''),
     'no_norm': ('end to end, without LayerNorm', '--model no_norm', ''),
     'learned_noise': ('end to end, learned variance + noise 0.5', '--model learned_noise', ''),
     'learned': ('end to end, learned variance', '--model learned', ''),
@@ -68,6 +70,12 @@ ROWS = {
     'dim_32': ('32 channels', '--model nano --latent_dim 32', ''),
     'width_64': ('a flow of width 64', '--model nano --width 64', ''),
     'width_192': ('a flow of width 192', '--model nano --width 192', ''),
+    'tarflow_repa': ('TARFlow with REPA, random features',
+                     '--model tarflow --layers 1,1,1,1 --align forward --repa_block 3 ' + TEACHER,
+                     ''),
+    'tarflow_r_repa': ('TARFlow with R-REPA of two blocks, random features',
+                       '--model tarflow --layers 1,1,1,1 --align reverse_through --repa_block 3,4 '
+                       '--repa_weight 0.1 ' + TEACHER, ''),
     'tarflow_bits': ('TARFlow, grey, dequantised', '--model tarflow_bits --layers 1,1,1,1', ''),
 }
 COLUMNS = {'PSNR': 'PSNR, x', 'PSNR mu': 'PSNR, mu', 'std': 'std of mu', 'nll': 'nll',
@@ -95,14 +103,16 @@ def copy(source, names, path):
     os.replace(path + '.tmp', path)
 
 
-def train(row, seed, data, out):
+def train(row, seed, data, out, steps):
     """-> the checkpoint of a row, trained now unless it has been"""
     folder = os.path.join(out, f'{row}_{seed}')
     _, options, start = ROWS[row]
-    options = [*options.split()[:2], *SIZE, *options.split()[2:],
+    options = options.format(twice=2 * steps).split()
+    # The last of two values counts, and the first option names the preset.
+    options = [*options[:2], '--steps', str(steps), *SIZE, *options[2:],
                '--seed', str(seed), '--data', data, '--out', folder]
     if start:
-        options += ['--init', train(start, seed, data, out)]
+        options += ['--init', train(start, seed, data, out, steps)]
     subprocess.run([sys.executable, os.path.join(conftest.ROOT, 'train.py'), *options], check=True)
     return os.path.join(folder, 'ckpt.pt')
 
@@ -195,11 +205,11 @@ def table(results, rows, seeds):
     return '\n'.join(lines)
 
 
-def run(row, seed, train_zip, held_out, judge, out):
+def run(row, seed, train_zip, held_out, judge, out, steps):
     """Train and measure, unless that has been done -> the numbers"""
     path = os.path.join(out, f'{row}_{seed}', 'result.json')
     if not os.path.exists(path):
-        ckpt = train(row, seed, train_zip, out)
+        ckpt = train(row, seed, train_zip, out, steps)
         judged = judge(ckpt) if judge and not row.startswith('vae') else {}
         result = measure(ckpt, held_out) | judged
         with open(path, 'w') as f:
@@ -214,6 +224,7 @@ def main(argv):
     parser.add_argument('--out', default='ablation')
     parser.add_argument('--judge', default='')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1])
+    parser.add_argument('--steps', type=int, default=600)
     parser.add_argument('--rows', nargs='+', choices=ROWS, default=list(ROWS))
     args = parser.parse_args(argv)
     torch.set_num_threads(int(os.environ['OMP_NUM_THREADS']))
@@ -224,7 +235,8 @@ def main(argv):
     judge, results = args.judge and Judge(args.judge, held_out), {}
     for seed in args.seeds:
         for row in args.rows:
-            results[f'{row}_{seed}'] = run(row, seed, train_zip, held_out, judge, args.out)
+            results[f'{row}_{seed}'] = run(row, seed, train_zip, held_out, judge, args.out,
+                                           args.steps)
             print(row, seed, results[f'{row}_{seed}'], flush=True)
     print(table(results, args.rows, args.seeds))
     print(f'independent pixels: {histogram_bits(train_zip, held_out):.2f} bits per dimension')

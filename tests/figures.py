@@ -7,6 +7,7 @@ writes their curves as PNGs and their numbers as tables.
     4   how smooth the latents are: end to end, frozen, frozen with a learned variance (Figure 4)
     7   distance against cfg, with gamma 0 and 0.25 (Figure 7)
     8   the first, a middle and the last block aligned with random features (Figure 8)
+    classify   accuracy of evaluate.py's classifiers, with and without alignment
 
 DATA and judge.py as in tests/ablation.py, whose runs are taken where they are done. About four
 minutes of one core per run, and 20 for figure 7.
@@ -31,15 +32,20 @@ NOISES = {'sigma_0.1': 'sigma 0.1', 'sigma_0.25': 'sigma 0.25', 'nano': 'sigma 0
           'sigma_0.75': 'sigma 0.75', 'sigma_1': 'sigma 1', 'learned': 'learned'}
 FROZEN = {'nano': 'end to end', 'vae': 'VAE alone, sigma 0.5',
           'vae_learned': 'VAE alone, learned variance'}
+CLASSIFIED = 'nano', 'tarflow', 'tarflow_repa', 'tarflow_r_repa'
 BLOCKS = {'nano': 'none', 'repa_1': 'first', 'repa_2': 'middle', 'repa_3': 'last'}
 
 
-def latents(ckpt, held_out):
-    """-> the row that evaluate.py prints of a latent space"""
+def evaluate(ckpt, *options):
+    """-> the rows that evaluate.py prints of 500 images"""
     command = [sys.executable, os.path.join(conftest.ROOT, 'evaluate.py'), '--ckpt', ckpt,
-               '--latents', '1', '--reconstruct', held_out, '--num_samples', '500']
+               '--num_samples', '500', *options]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return json.loads(text.splitlines()[-1])['rows'][0]
+    return json.loads(text.splitlines()[-1])['rows']
+
+
+def latents(ckpt, held_out):
+    return evaluate(ckpt, '--latents', '1', '--reconstruct', held_out)[0]
 
 
 def print_table(rows, columns):
@@ -86,7 +92,19 @@ def figure_8(train, held_out, judge, out):
     print_table(rows, ['PSNR', 'PSNR mu', 'nll', 'fd 0', 'fd 2', 'acc 2'])
 
 
-FIGURES = {'3': figure_3, '4': figure_4, '7': figure_7, '8': figure_8}
+def figure_classify(train, held_out, judge, out):
+    rows = {}
+    for row in CLASSIFIED:
+        numbers = evaluate(train(row), '--classify', held_out)
+        rows[ablation.ROWS[row][0]] = {number['classifier'] + suffix: number[column]
+                                       for number in numbers
+                                       for suffix, column in (('', 'accuracy'),
+                                                              (', centred', 'centred'))}
+    print_table(rows, list(rows[ablation.ROWS[CLASSIFIED[0]][0]]))
+
+
+FIGURES = {'3': figure_3, '4': figure_4, '7': figure_7, '8': figure_8,
+           'classify': figure_classify}
 
 
 def main(argv):
@@ -95,6 +113,7 @@ def main(argv):
     parser.add_argument('--out', default='ablation')
     parser.add_argument('--judge', required=True)
     parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--steps', type=int, default=600)
     parser.add_argument('--figures', nargs='+', choices=FIGURES, default=list(FIGURES))
     args = parser.parse_args(argv)
     torch.set_num_threads(int(os.environ['OMP_NUM_THREADS']))
@@ -103,7 +122,7 @@ def main(argv):
     judge = ablation.Judge(args.judge, held_out)
 
     def train(row):
-        return ablation.train(row, args.seed, train_zip, args.out)
+        return ablation.train(row, args.seed, train_zip, args.out, args.steps)
 
     for name in args.figures:
         print(f'figure {name}', flush=True)
