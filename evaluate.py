@@ -358,12 +358,17 @@ class Statistics:
     def add(self, positions, images):
         """positions (b,) among the n, images (b, H, W, 3) uint8"""
         images = torch.from_numpy(images).permute(0, 3, 1, 2).to(self.process.device)
+        kept = torch.from_numpy(np.flatnonzero(self.kept[positions]))
+        split = F.one_hot(torch.from_numpy(self.split[positions]), SPLITS).double()
+        if self.process.device.type == 'cuda':
+            # Copies wait for all work before them. After these nothing does, so that the GPU is
+            # busy with this batch while the next one is read.
+            kept, split = kept.to(images.device), split.to(images.device)
         outs = self.network(images)
         if self.process.device.type == 'mps':                      # which has no float64
             outs = [out if out is None else out.cpu() for out in outs]
         pool, logits, spatial = outs
-        # Nothing here waits for a GPU, which works on this batch while the next one is read.
-        self.features.append(pool[torch.from_numpy(self.kept[positions])])
+        self.features.append(pool.index_select(0, kept))
         # With a 1 at the end of f, f f^T holds f and 1, too.
         pool = F.pad(pool.double(), (0, 1), value=1.0)
         self.add_product('pool', pool, pool)
@@ -373,8 +378,6 @@ class Statistics:
         if logits is not None:
             log_p = logits.double().log_softmax(1)
             p_log_p = (log_p.exp() * log_p).sum(1, keepdim=True)   # (b, 1)
-            split = torch.from_numpy(self.split[positions])
-            split = F.one_hot(split, SPLITS).to(log_p)             # (b, SPLITS)
             self.add_product('p', split, log_p.exp())
             self.add_product('p log p', split, p_log_p)
 

@@ -15,6 +15,7 @@ Below the flow stand its siblings: decoding several tokens at once, VPFlow, whic
 SiT, a diffusion model in the flow's place.
 """
 import contextlib
+import functools
 import math
 from typing import Callable, NamedTuple
 import warnings
@@ -314,6 +315,8 @@ class Flow(nn.Module):
                     z = jacobi_inverse(block, z, y, w, guidance, window, tol)
                 else:
                     z = block.inverse(z, y, w, guidance)
+        if z.device.type == 'cuda':
+            torch.cuda.empty_cache()                               # no later graph could use theirs
         return z
 
     @torch.enable_grad()
@@ -459,7 +462,7 @@ def capture(step, device):
     if device.type != 'cuda':
         return step
     try:
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+        graph, stream = torch.cuda.CUDAGraph(), capture_stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             # Threads that load data go on meanwhile.
@@ -473,6 +476,12 @@ def capture(step, device):
     except RuntimeError as e:
         warnings.warn(f'decoding without a CUDA graph, more slowly: {str(e).splitlines()[0]}')
         return step
+
+
+@functools.lru_cache
+def capture_stream(device):
+    """One for all captures: cuBLAS keeps a workspace for each stream."""
+    return torch.cuda.Stream(device)
 
 
 @contextlib.contextmanager

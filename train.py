@@ -197,12 +197,21 @@ class Trainer:
 
     def capture(self, image, y, noise):
         """Make `graph`, if that is possible."""
+        self.release()
         try:
             self.graph = StepGraph(self.gradients, image, y, noise)
         except RuntimeError as e:
             self.warm_steps = -math.inf                            # do not try again
             self.process.print('no CUDA graph, so operations are launched one by one: '
                                f'{str(e).splitlines()[0]}')
+
+    def release(self):
+        """Give back the graph's memory, and that of gradients, which only the next step needs."""
+        self.graph = None
+        for opt in self.optimizers():
+            opt.zero_grad(set_to_none=True)
+        if self.process.device.type == 'cuda':
+            torch.cuda.empty_cache()
 
     def backward(self, image, y, noise):
         """Gradients of one micro-batch, image (b, 3, H, W) in [-1, 1], y (b,), noise (b, T, D), and
@@ -647,6 +656,7 @@ def validate(trainer, held):
     """Held-out images under the averaged weights -> their nll in nats per latent dimension, less
     0.5 log(2 pi), the PSNR of decode(mu + sigma * noise) in dB, and the std of mu over images."""
     c, process, model = trainer.config, trainer.process, trainer.ema
+    trainer.release()                                              # memory is needed here
     size = c.batch_size // c.grad_accum
     steps = max(1, min(len(held), HELD_OUT) // size)
     torch.manual_seed(mix_seed(DIFFUSION, c.seed))
@@ -677,7 +687,7 @@ def save_pictures(trainer, data, log):
     same, guided. recon_*.png: originals above the raw model's reconstructions of them, noise and
     all. log.png. Every process draws its share of the samples."""
     config, process, step = trainer.config, trainer.process, trainer.step
-    trainer.graph = None                                           # its memory is needed here
+    trainer.release()                                              # memory is needed here
     rows = min(10, trainer.classes) or 4
     labels = (torch.arange(rows) * trainer.classes // rows).repeat_interleave(8)
     share = math.ceil(len(labels) / process.world)

@@ -209,11 +209,12 @@ def to_grid(x):
 
 # -------------------------------------------------------------- the networks that teach the decoder
 
-class Discriminator(nn.Sequential):
+class Discriminator(Stack):
     """PatchGAN (Isola et al. 2017, arXiv:1611.07004): (B, 3, H, W) -> patch logits (B, 1, h, w)
 
     GroupNorm where the original has BatchNorm, whose statistics would tie the images of a batch
-    together: two processes of B/2 would then not equal one of B.
+    together: two processes of B/2 would then not equal one of B. A Stack, as torch 2.13 does not
+    compile nn.Sequential's own forward.
     """
 
     def __init__(self, width, layers):

@@ -11,7 +11,7 @@ from data import UserError
 import evaluate
 from model import PRESETS, Config, Process, find_process
 import train
-from vae import LPIPS
+from vae import LPIPS, VAE, Discriminator
 
 
 @pytest.fixture
@@ -139,3 +139,26 @@ def test_without_a_compiler_training_is_eager(monkeypatch, capsys, asked):
     else:
         assert not train.can_compile(process, asked)
         assert 'Failed to find C compiler' in capsys.readouterr().out
+
+
+SMALL_VAE = VAE(8, (1, 2), 1, 4, 0.5)
+NETWORKS = {'encoder': SMALL_VAE.encoder, 'decoder': SMALL_VAE.decoder,
+            'discriminator': Discriminator(8, 3), 'lpips': LPIPS()}
+
+
+@pytest.mark.parametrize('name', NETWORKS)
+def test_networks_compile_whole(name):
+    """As one graph, with all convolutions: torch 2.13 leaves out the forwards of its own modules,
+    such as nn.Sequential, and does not say so."""
+    graphs, net = [], NETWORKS[name]
+
+    def backend(graph, inputs):
+        graphs.append(sum('conv2d' in str(node.target) for node in graph.graph.nodes))
+        return graph.forward
+
+    net.compile(fullgraph=True, dynamic=False, backend=backend)
+    image = torch.rand(1, 4 if name == 'decoder' else 3, 32, 32)
+    inputs = [image, image] if name == 'lpips' else [image]
+    net(*inputs)
+    convolutions = sum(isinstance(module, torch.nn.Conv2d) for module in net.modules())
+    assert graphs == [convolutions * len(inputs)]
