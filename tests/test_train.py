@@ -436,7 +436,7 @@ def test_what_muon_trains():
     assert not any(name.endswith('bias') for name in names)
 
 
-# ----------------------------------------------------------------------------------- held-out images
+# ---------------------------------------------------------------------------------- held-out images
 
 def test_held_out_images_are_never_trained_on_and_always_the_same():
     data = open_data('shapes')
