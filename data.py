@@ -302,6 +302,8 @@ def open_npz(path):
     in memory."""
     try:
         with zipfile.ZipFile(path) as z, np.load(path) as arrays, open(path, 'rb') as f:
+            if 'arr_0.npy' not in z.namelist():
+                raise UserError(f'{path} holds no images (arr_0); name one that does')
             info = z.getinfo('arr_0.npy')
             skip_header(f, info.header_offset)
             stored = info.compress_type == zipfile.ZIP_STORED
@@ -535,6 +537,8 @@ def main(argv):
     args = parser.parse_args(argv)
     if args.size < 1 or args.workers < 0:
         raise UserError('--size must be positive and --workers must not be negative')
+    if not args.dst.endswith('.zip'):
+        raise UserError(f'{args.dst} must end in .zip')
     if os.path.exists(args.dst):
         raise UserError(f'{args.dst} exists already; remove it, or give another name')
     data = open_data(args.src)
@@ -691,7 +695,7 @@ def cli(main):
     except UserError as e:
         sentence = f'error: {e}'
     except KeyboardInterrupt:
-        sentence, code = '\ninterrupted; the same command resumes from what is saved', 130
+        sentence, code = '\ninterrupted; what was saved before is untouched', 130
     except BrokenPipeError:
         # The reader left, as in `... | head`.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -740,7 +744,8 @@ def add_option(parser, field, presets):
     default = '' if field.default in ('', None, ()) else ' (default: %(default)s)'
     parser.add_argument('--' + field.name, *field.metadata['also'], default=field.default,
                         type=functools.partial(parse_value, kind), nargs='+' if many else None,
-                        choices=presets or None, metavar='', help=field.metadata['help'] + default)
+                        choices=presets or None, metavar=METAVAR.get(kind, ''),
+                        help=field.metadata['help'] + default)
     if field.metadata['bare']:
         parser.add_argument(field.name, nargs='?', default=argparse.SUPPRESS,
                             help='as --' + field.name)
@@ -749,6 +754,9 @@ def add_option(parser, field, presets):
 # What the text of an option must be, for the type of its field.
 KINDS = {bool: '0 or 1', bool | None: '0 or 1', int: 'an integer', float: 'a finite number',
          tuple[int, ...]: 'integers with commas between, such as 2,2,6'}
+
+
+METAVAR = {bool: '0|1', bool | None: '0|1', tuple[int, ...]: 'N,N'}
 
 
 def parse_value(kind, text):

@@ -94,6 +94,9 @@ class Options:
                 f'numbers need {SPLITS} images or more')
         require(not self.save_ref or self.save_ref.endswith('.npz') and self.ref and not encodes,
                 f'--save_ref {self.save_ref} must end in .npz, and needs a --ref')
+        inputs = [os.path.realpath(name) for name in (self.samples, self.ref)]
+        require(not self.save_ref or os.path.realpath(self.save_ref) not in inputs,
+                f'--save_ref {self.save_ref} would replace what is measured; name another file')
         require(not self.ref or not encodes, '--ref is what samples are compared with; '
                 '--reconstruct, --latents and --classify name their own images')
         require(self.ref_n == 0 or self.ref_n >= SPLITS,

@@ -129,7 +129,8 @@ class Config:
 
     codec: str = option('vae', 'image <-> latents: vae, learned (variance), or pixels')
     sigma: float = option(0.5, "standard deviation of the noise on the latents, SimFlow's constant")
-    noise: str = option('additive', 'how it is put there: additive, linear, slerp, or uniform')
+    noise: str = option('additive', 'how it is put there: additive, linear or slerp (both also '
+                                    '_random), or uniform')
     latent_norm: bool = option(True, "LayerNorm of each token's mu")
     latent_dim: int = option(64, 'channels of a token, D')
     vae_width: int = option(128, "channels of the VAE's first level")
@@ -663,6 +664,8 @@ def load_checkpoint(path, option='--ckpt', mmap=False):
             state['config']['repa_block'] = (block,)
         newer = [f'--{name}' for name in state['config'] if name not in known]
         state['config'] = known | state['config']                  # which may lack an option
+        newer += [f'--{name} {state["config"][name]}' for name, table in TABLES.items()
+                  if state['config'][name] not in table]
     except FileNotFoundError:
         raise UserError(f'there is no checkpoint {path}; train one with `python train.py`, or name '
                         f'one with {option}')
@@ -751,9 +754,9 @@ def without_projector(weights):
 
 def export(path, out):
     """Write what sampling, evaluation and --init need of a checkpoint: a quarter of it. UserError
-    if that would replace it."""
-    if os.path.realpath(path) == os.path.realpath(out):
-        raise UserError(f'--export {out} would replace the checkpoint itself; name another file')
+    if that would replace something."""
+    if os.path.exists(out) or out.endswith('/'):
+        raise UserError(f'--export {out} is there already, or a folder; name a new file')
     state = load_checkpoint(path, mmap=True)
     kept = {name: state[name] for name in ('config', 'class_names', 'step')}
     kept['ema'] = without_projector(state['ema'])

@@ -324,7 +324,8 @@ class Trainer:
             if not good:
                 sys.exit(1 if self.process.rank else
                          f'error: {said}, and none of the {skipped} steps since then was finite; '
-                         'ckpt.pt is from before: resume it with a lower --lr')
+                         'run the same command with a lower --lr, which resumes ckpt.pt if there '
+                         'is one')
             self.process.print(f'{said}: skipped {skipped} of {self.count} steps')
         row = dict(zip(self.names, (self.totals / good).tolist()))
         row |= {'replaced': round(row['replaced'] * good), 'skipped': skipped}
@@ -344,7 +345,7 @@ class Trainer:
             raise UserError(f'--init {self.config.init} was trained with {", ".join(differs)}; use '
                             'that, too, or another checkpoint')
         parts = ['vae']
-        if was['prior'] == self.config.prior:
+        if all(was[k] == getattr(self.config, k) for k in ('prior', 'heads', 'layers')):
             parts.append('flow')
         for part in parts:
             own = getattr(self.model, part).state_dict()
@@ -357,7 +358,10 @@ class Trainer:
                 for model in (self.model, self.ema):
                     getattr(model, part).load_state_dict(new)
                 taken.append(part)
-        return f'starting from {self.config.init}: {" and ".join(taken) or "nothing"}'
+        if not taken or 'vae' not in taken and self.model.vae.state_dict():
+            raise UserError(f'--init {self.config.init} has no weights that fit; use the --width, '
+                            '--heads and --layers that it was trained with, or another checkpoint')
+        return f'starting from {self.config.init}: {" and ".join(taken)}'
 
     @torch.no_grad()
     def measure_std(self, image):
@@ -568,7 +572,11 @@ def resume(trainer, data):
                         f'{len(data.class_names)}, or other names)')
     if ('disc' in saved) != bool(trainer.config.gan):
         raise UserError(refuse % f'--gan {was["gan"]}')
-    trainer.load(saved)
+    try:
+        trainer.load(saved)
+    except (KeyError, ValueError, RuntimeError) as e:
+        raise UserError(f'{path} does not hold what its options say ({str(e).splitlines()[0]}); '
+                        'use the version that trained it, or another --out')
     changed = [f', --{k} {show(was[k])} -> {show(v)}' for k, v in now.items()
                if was[k] != v and k != 'init']                     # long done with
     if saved.get('images', len(data)) != len(data):
@@ -651,6 +659,15 @@ CFG = 2.0                                                          # of guided p
 HELD_OUT = 512                                                     # images, at most
 
 
+def check_held_out(held, config):
+    """UserError now, not at the first measurement, if no image can be read."""
+    try:
+        BatchDataset(held, config.image_size, 1, config.seed, False, 0, 1)[0]
+    except Unreadable:
+        raise UserError(f'no image that --holdout keeps can be read, such as {held.name(0)}; '
+                        'repair or remove them')
+
+
 @torch.no_grad()
 def validate(trainer, held):
     """Held-out images under the averaged weights -> their nll in nats per latent dimension, less
@@ -665,10 +682,7 @@ def validate(trainer, held):
     data = BatchDataset(held, c.image_size, size, c.seed, False, process.rank, process.world)
     values = []
     for step in range(steps):
-        try:
-            pixels, y, _ = data[step]                              # (b, H, W, 3), (b,)
-        except Unreadable:
-            raise UserError('no image that --holdout keeps can be read; repair or remove them')
+        pixels, y, _ = data[step]                                  # (b, H, W, 3), (b,)
         image = from_uint8(torch.from_numpy(pixels).permute(0, 3, 1, 2).to(process.device))
         y = torch.from_numpy(y).to(process.device)
         noise = torch.randn(size, *model.flow.shape, generator=g, device=process.device)
@@ -857,6 +871,8 @@ def train(config, data, process):
     """Train to the end, to --stop_at or to a signal -> the signal's number, or 0. UserError if
     --out holds another run, SystemExit if no step is finite any more."""
     data, held = hold_out(data, config.holdout)
+    if len(held):
+        check_held_out(held, config)
     steps = total_steps(config, len(data))
     last = min(steps, config.stop_at or steps)
     trainer = Trainer(config, len(data.class_names), process)
@@ -947,7 +963,7 @@ def main(argv):
         process.print(f'stopped by {signal.Signals(stopped).name}; saved {ckpt}, the same command '
                     'resumes from there')
         sys.exit(128 + stopped)                                    # for schedulers: not done yet
-    process.print(f'{ckpt} is complete; make images with: python sample.py --ckpt {ckpt}')
+    process.print(f'saved {ckpt}; make images with: python sample.py --ckpt {ckpt}')
 
 
 if __name__ == '__main__':

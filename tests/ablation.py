@@ -127,7 +127,7 @@ def measure(path, held_out, n=500):
     pixels = zero_to_one(np.stack([crop(data.load(i), config.image_size) for i in index]))
     y, g = torch.from_numpy(data.labels[index]), generator('cpu', RECON, 0)
     torch.manual_seed(0)
-    noise = torch.randn(n, *model.flow.shape, generator=g)
+    noise = torch.randn(len(index), *model.flow.shape, generator=g)
     x, mu, sigma = model.latents(2 * pixels - 1, noise)
     nll = torch.cat([model.flow.nll(*part) for part in zip(x.split(50), y.split(50))])
     clean = model.noise.add(mu, sigma, torch.zeros_like(noise))

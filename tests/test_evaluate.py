@@ -441,6 +441,7 @@ def test_jpeg_samples_are_a_warning(tiny, capsys):
     (['a.npz', '--ref', 'b', '--seed', '-1'], '--seed must not be negative'),
     (['a.npz', '--ref', 'b', '--seed', str(2 ** 64)], 'seed.*too large'),
     (['a.npz', '--ref', 'b', '--save_ref', 'x.zip'], '--save_ref'),
+    (['a.npz', '--ref', 'b.npz', '--save_ref', './b.npz'], 'would replace'),
     (['--ckpt', 'c', '--reconstruct', 'a', '--ref', 'b', '--save_ref', 'x.npz'], '--save_ref')])
 def test_bad_options_are_one_sentence(argv, message):
     with pytest.raises(UserError, match=message):

@@ -208,6 +208,9 @@ def test_checkpoints_of_other_versions_are_refused_in_a_sentence(tmp_path):
     torch.save(state | {'config': state['config'] | {'rotary': True, 'heds': 2}}, path)
     with pytest.raises(UserError, match='does not know: --rotary, --heds; use the version'):
         load_model(str(path))
+    torch.save(state | {'config': state['config'] | {'prior': 'mamba'}}, path)
+    with pytest.raises(UserError, match='does not know: --prior mamba'):
+        load_model(str(path))
     for ema in ({'vae.conv_out.bias': torch.zeros(7)}, {'new.weight': torch.zeros(1)}):
         torch.save(state | {'ema': state['ema'] | ema}, path)
         message = 'other weights than its own options say .*; use the version'

@@ -58,8 +58,8 @@ def test_averaged_weights_alone_are_enough(ckpt, tmp_path, capsys):
     assert os.path.getsize(small) < 0.4 * os.path.getsize(ckpt)
     one, two = (npz(path, tmp_path / 'a.npz', '--n', '3')['arr_0'] for path in (ckpt, small))
     assert np.array_equal(one, two)
-    with pytest.raises(UserError, match='would replace'):
-        sample.main(['--ckpt', small, '--export', small])
+    with pytest.raises(UserError, match='is there already'):
+        sample.main(['--ckpt', ckpt, '--export', small])
     with pytest.raises(UserError, match='averaged weights alone'):
         train.main([*TINY, '--steps', '1', '--out', str(tmp_path / 'run')])
 

@@ -149,6 +149,14 @@ def test_frozen_parts_are_those_of_stage_one(tmp_path, preset, stage_one, still,
     assert two['model']['flow.blocks.0.transformer.proj_out.weight'].abs().sum() > 0
 
 
+def broken_vae(tmp_path):
+    """-> a checkpoint whose VAE lacks a weight"""
+    state = torch.load(tmp_path / 'one' / 'ckpt.pt', weights_only=True)
+    del state['ema']['vae.conv_out.weight']
+    torch.save(state, tmp_path / 'broken.pt')
+    return str(tmp_path / 'broken.pt')
+
+
 def test_init_takes_a_whole_model_or_refuses(tmp_path, capsys):
     # moves far in a few steps
     big = dict(lr=0.1, lr_end=0.1, warmup=0, sample_interval=0)
@@ -167,6 +175,14 @@ def test_init_takes_a_whole_model_or_refuses(tmp_path, capsys):
     train.main([*options('vae', steps=1, sample_interval=0), *start[:3], str(tmp_path / 'four')])
     # a VAE alone has no prior to take
     assert 'ckpt.pt: vae\n' in capsys.readouterr().out
+    # other heads, or fewer layers, are another function of the same weights
+    for more in dict(heads=8), dict(layers=(1,)):
+        train.main([*options('nano', steps=1, sample_interval=0, **more), *start[:3],
+                    str(tmp_path / f'{more}')])
+        assert 'ckpt.pt: vae\n' in capsys.readouterr().out
+    with pytest.raises(UserError, match='no weights that fit'):
+        train.main([*options('nano', gan=0.0), '--init', broken_vae(tmp_path), '--out',
+                    str(tmp_path / 'six')])
     with pytest.raises(UserError, match='--init'):
         train.main(options('frozen'))
     (tmp_path / 'bad.pt').write_bytes(b'\0\0\0\0')

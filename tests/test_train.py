@@ -166,6 +166,12 @@ def test_resume_refuses_another_run(tmp_path):
         with pytest.raises(UserError, match=word):
             train.main(options + change)
     before = (tmp_path / 'ckpt.pt').read_bytes()
+    state = torch.load(tmp_path / 'ckpt.pt', weights_only=True)
+    del state['opt']
+    torch.save(state, tmp_path / 'ckpt.pt')
+    with pytest.raises(UserError, match="does not hold what its options say .*'opt'"):
+        train.main(options)
+    (tmp_path / 'ckpt.pt').write_bytes(before)
     # finished: nothing to do, nothing lost
     train.main(options)
     assert (tmp_path / 'ckpt.pt').read_bytes() == before
@@ -458,11 +464,15 @@ def test_an_unreadable_image_held_out_stops_nobody(tmp_path):
     for i in range(200):
         Image.new('RGB', (16, 16), (i, 0, 0)).save(tmp_path / 'images' / f'{i:03d}.png')
     data = open_data(str(tmp_path / 'images'))
-    broken = hold_out(data, 0.01)[1].name(0)
+    broken = hold_out(data, 0.005)[1].name(0)
     (tmp_path / 'images' / broken).write_bytes(b'no image')
-    train.main(TINY + ['--steps', '2', '--holdout', '0.01', '--sample_interval', '1', '--data',
-                       str(tmp_path / 'images'), '--out', str(tmp_path / 'out')])
+    options = TINY + ['--steps', '2', '--sample_interval', '1', '--data', str(tmp_path / 'images')]
+    train.main([*options, '--holdout', '0.01', '--out', str(tmp_path / 'out')])
     assert all(row['val_nll'] for row in read_log(tmp_path / 'out'))
+    # but all that are held out, at once, not at the first measurement
+    with pytest.raises(UserError, match=broken):
+        train.main([*options, '--holdout', '0.005', '--out', str(tmp_path / 'two')])
+    assert not (tmp_path / 'two').exists()
 
 
 def test_what_held_out_images_say(tmp_path):
