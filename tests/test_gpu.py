@@ -112,7 +112,8 @@ def test_images_are_a_cpus(runs, tell):
 
 def losses(dtype, compiled, steps=50):
     """-> the loss of each step of nano, in memory; with AdamW, as the bounds below are for that"""
-    options = ['--device', DEVICE, '--optimizer', 'adamw', '--lr', '1e-3', '--l2', '100']
+    options = ['--device', DEVICE, '--optimizer', 'adamw', '--lr', '1e-3', '--l1', '0',
+               '--l2', '100']
     config = parse_options(Config, options, '', PRESETS)
     process = find_process(config.device, dtype, compiled)
     trainer, rows = train.Trainer(config, 10, process), []

@@ -559,7 +559,7 @@ def test_presets_train_sample_and_resume(tmp_path, preset):
     row = read_log(tmp_path / 'once')[-1]
     c, value = config(preset), lambda name: float(row.get(name) or 0)
     rate = c.rate * (value('nll') - value('entropy'))
-    loss = c.l2 * value('l2') + rate + c.repa_weight * value('align')
+    loss = c.l1 * value('l1') + c.l2 * value('l2') + rate + c.repa_weight * value('align')
     assert value('loss') == pytest.approx(loss, rel=1e-4, abs=1e-5)
     model, _, names = load_model(tmp_path / 'once' / 'ckpt.pt')
     images = model.generate(torch.arange(2), torch.randn(2, *model.flow.shape), cfg=1.0)
