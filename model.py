@@ -288,19 +288,19 @@ SHARES = 'class_drop constant ema beta2 gan_beta1 gan_beta2 holdout'.split()
 # A row is what differs from Config's defaults, which are XXL's (SimFlow Tables 8 and 9).
 # nano is for a CPU. Patches of 4 pixels make its VAE small, and 64 tokens of 16 channels are easier
 # to learn for it than 16 of 64. Without a perceptual loss the pixel error needs the larger weight:
-# still more make better reconstructions, but latents that the flow learns more slowly. An
+# a larger one still makes better reconstructions, and latents that the flow learns more slowly. An
 # adversarial loss made it worse at this size: see RESULTS.md.
 NANO = dict(data='shapes', image_size=32, latent_dim=16, vae_width=64, vae_mults=(1,), vae_patch=4,
-            width=128, heads=2, layers=(1, 2), l1=40.0, lpips=0.0, gan=0.0, gan_width=32,
-            gan_layers=2, batch_size=32, steps=640, optimizer='muon', lr=6e-3, lr_end=6e-5,
-            warmup=50, beta2=0.99, ema=0.999, workers=1, log_interval=20, save_interval=160,
-            sample_interval=160, holdout=0.01)
+            width=128, heads=2, layers=(1, 2), l1=8.0, l2=50.0, lpips=0.0, gan=0.0, gan_width=32,
+            gan_layers=2, batch_size=32, steps=800, optimizer='muon', lr=6e-3, lr_end=6e-5,
+            warmup=50, beta2=0.99, ema=0.999, workers=1, log_interval=25, save_interval=250,
+            sample_interval=200, holdout=0.01)
 STAGE_ONE = dict(epochs=80, constant=1.0)
 LEARNED = NANO | dict(codec='learned', sigma=0.0, latent_norm=False)
 # Blocks of equal depth, every one guided, a denoising step at the end. Large ones as published,
 # without average and clipping, and with an epoch of warm-up.
-PIXEL_FLOW = dict(codec='pixels', prior='tarflow', vae_mults=(1,), l1=0.0, lpips=0.0, gan=0.0,
-                  guidance='tarflow', denoise=True, beta2=0.95, weight_decay=1e-4)
+PIXEL_FLOW = dict(codec='pixels', prior='tarflow', vae_mults=(1,), l1=0.0, l2=0.0, lpips=0.0,
+                  gan=0.0, guidance='tarflow', denoise=True, beta2=0.95, weight_decay=1e-4)
 TARFLOW = NANO | PIXEL_FLOW | dict(latent_dim=48, sigma=0.05, layers=(2, 2, 2, 2))
 TAR = PIXEL_FLOW | dict(layers=8 * (8,), width=768, heads=12, constant=0.0, ema=0.0, clip=1e9)
 PRESETS = {

@@ -60,7 +60,7 @@ def test_asking_for_epochs_replaces_a_presets_steps():
     (['--steps', '1.5'], '--steps'), (['--compile', 'yes'], '--compile'),
     (['--model', 'M'], '--model'), (['--gan', '-1'], '--gan'),
     (['--image_size', '30'], '--image_size'), (['--heads', '3'], '--heads'),
-    (['--class_drop', '2'], '--class_drop'), (['--l1', '0'], '--l1'),
+    (['--class_drop', '2'], '--class_drop'), (['--l1', '0', '--l2', '0'], '--l1'),
     (['--batch_size', '0'], '--batch_size'), (['--layers', '2,0'], '--layers'),
     (['--vae_width', '6'], '--vae_width'), (['--gan_width', '6'], '--gan_width')])
 def test_mistakes_name_the_option(argv, word):

@@ -515,7 +515,8 @@ def test_what_a_run_leaves(tmp_path):
     originals = np.asarray(Image.open(tmp_path / 'recon_0000004.png'))[:16]
     assert originals.shape == (16, 16 * 16, 3) and originals.std() > 10
     row = read_log(tmp_path)[-1]
-    loss = float(row['nll']) + PRESETS['nano']['l1'] * float(row['l1'])
+    nano = PRESETS['nano']
+    loss = float(row['nll']) + nano['l1'] * float(row['l1']) + nano['l2'] * float(row['l2'])
     loss += float(row['d_weight']) * float(row['gan'])
     # the weight times the term is averaged as a product
     assert float(row['loss']) == pytest.approx(loss, rel=0.05)
