@@ -661,6 +661,8 @@ HELD_OUT = 512                                                     # images, at 
 
 def check_held_out(held, config):
     """UserError now, not at the first measurement, if no image can be read."""
+    if not len(held):
+        return
     try:
         BatchDataset(held, config.image_size, 1, config.seed, False, 0, 1)[0]
     except Unreadable:
@@ -871,16 +873,14 @@ def train(config, data, process):
     """Train to the end, to --stop_at or to a signal -> the signal's number, or 0. UserError if
     --out holds another run, SystemExit if no step is finite any more."""
     data, held = hold_out(data, config.holdout)
-    if len(held):
-        check_held_out(held, config)
+    check_held_out(held, config)
     steps = total_steps(config, len(data))
     last = min(steps, config.stop_at or steps)
     trainer = Trainer(config, len(data.class_names), process)
     if config.init and not os.path.exists(os.path.join(config.out, 'ckpt.pt')):
         initialise(trainer, data)
     # Nothing has been written to --out so far, as much may be wrong until here.
-    path = os.path.join(config.out, 'log.csv')
-    log = process.rank_0_first(open_log, path, process.rank)
+    log = process.rank_0_first(open_log, os.path.join(config.out, 'log.csv'), process.rank)
     resume(trainer, data)
     if trainer.step >= last:
         process.print(f'step {trainer.step} of {last} is done: there is nothing to train')
