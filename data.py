@@ -754,8 +754,7 @@ def add_option(parser, field, presets):
 # What the text of an option must be, for the type of its field.
 KINDS = {bool: '0 or 1', bool | None: '0 or 1', int: 'an integer', float: 'a finite number',
          tuple[int, ...]: 'integers with commas between, such as 2,2,6'}
-
-
+# The same in short, for --help.
 METAVAR = {bool: '0|1', bool | None: '0|1', tuple[int, ...]: 'N,N'}
 
 

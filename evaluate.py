@@ -361,15 +361,13 @@ class Statistics:
     def add(self, positions, images):
         """positions (b,) among the n, images (b, H, W, 3) uint8"""
         images = torch.from_numpy(images).permute(0, 3, 1, 2).to(self.process.device)
-        kept = torch.from_numpy(np.flatnonzero(self.kept[positions]))
-        split = F.one_hot(torch.from_numpy(self.split[positions]), SPLITS).double()
-        if self.process.device.type == 'cuda':
-            # Copies wait for all work before them. After these nothing does, so that the GPU is
-            # busy with this batch while the next one is read.
-            kept, split = kept.to(images.device), split.to(images.device)
-        outs = self.network(images)
-        if self.process.device.type == 'mps':                      # which has no float64
-            outs = [out if out is None else out.cpu() for out in outs]
+        # A Mac's GPU has no float64.
+        device = 'cpu' if images.device.type == 'mps' else images.device
+        # Copies to a GPU wait for all work before them. After these nothing waits, so that it is
+        # busy with this batch while the next one is read.
+        kept = torch.from_numpy(np.flatnonzero(self.kept[positions])).to(device)
+        split = F.one_hot(torch.from_numpy(self.split[positions]), SPLITS).double().to(device)
+        outs = [out if out is None else out.to(device) for out in self.network(images)]
         pool, logits, spatial = outs
         self.features.append(pool.index_select(0, kept))
         # With a 1 at the end of f, f f^T holds f and 1, too.

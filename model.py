@@ -277,7 +277,7 @@ class Config:
                 '--align and --denoise need a flow, not --prior sit')
         if self.align:
             for block in self.repa_block:
-                require(self.repa_layer in range(1, 1 + sum(self.layers[block - 1:block])),
+                require(block <= len(self.layers) and self.repa_layer <= self.layers[block - 1],
                         f'--repa_block {block} --repa_layer {self.repa_layer}: no such layer in '
                         f'--layers {",".join(map(str, self.layers))}')
 
@@ -439,10 +439,9 @@ class Aligned(SimFlow):
         (x, mu, sigma), inputs = self.latents(image, noise), []
         z, logdet = self.flow(x, y, inputs)
         nll = -self.flow.log_prob(z, logdet) / x[0].numel()
-        projected = []
+        inputs, projected = self.align(self.flow, inputs, z, y, min(self.aligned)), []
         for number, projector in zip(self.aligned, self.projectors):
-            x_block = self.align(self.flow, inputs, z, y, number)
-            hidden = features(self.flow.blocks[number - 1], x_block, y, self.layer)
+            hidden = features(self.flow.blocks[number - 1], inputs[number - 1], y, self.layer)
             projected.append(projector(hidden))
         entropy = learned_entropy(sigma, nll)
         return self.vae.decode(x), nll, entropy, mu, torch.stack(projected)
@@ -465,32 +464,33 @@ def alignment(projected, features):
     return -F.cosine_similarity(projected.float(), features.float(), dim=-1).mean()
 
 
-def generative_pass(flow, inputs, z, y, block):
-    """The way back from z to the input of a block (counted from 1), teacher-forced so that all
-    tokens go at once: block t inverts with mean and log_scale of its detached input going forward,
+def generative_pass(flow, inputs, z, y, first):
+    """The way back from z to the inputs of the block `first` (counted from 1) and all deeper ones,
+    teacher-forced so that all tokens go at once: block t inverts with mean and log_scale of its
+    detached input going forward,
 
         z_(t-1) = mean_t(sg x_(t-1)) + exp(log_scale_t(sg x_(t-1))) z_t,    starting from sg(z).
 
-    Equal to that input, but a function of the weights of this block and the deeper ones.
+    Each is equal to that input, but a function of the weights of its block and the deeper ones.
     """
-    z = z.detach()
-    for i in reversed(range(block - 1, len(flow.blocks))):
+    again, z = list(inputs), z.detach()
+    for i in reversed(range(first - 1, len(flow.blocks))):
         b, x = flow.blocks[i], inputs[i].detach()
         out = b.transformer(b.reorder(x), b.transformer.condition(y))
         mean, log_scale = b.split(shift(out))
-        z = b.reorder(mean + torch.exp(log_scale) * b.reorder(z))
-    return z
+        again[i] = z = b.reorder(mean + torch.exp(log_scale) * b.reorder(z))
+    return again
 
 
-def forward_pass(flow, inputs, z, y, block):
-    return inputs[block - 1]
+def forward_pass(flow, inputs, z, y, first):
+    return inputs
 
 
-def detached_pass(flow, inputs, z, y, block):
-    return inputs[block - 1].detach()
+def detached_pass(flow, inputs, z, y, first):
+    return [x.detach() for x in inputs]
 
 
-# The input of the aligned block, (B, T, D), with different pasts:
+# The inputs of all blocks from the first aligned one on, (B, T, D) each, with different pasts:
 #     forward           the image's encoder and the blocks before (REPA-E, Leng et al. 2025,
 #                       arXiv:2504.10483): their weights get gradients, too
 #     reverse           none (R-REPA, Chen et al. 2025, as printed): the layers before the features

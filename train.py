@@ -335,7 +335,7 @@ class Trainer:
     def start_from(self, state):
         """Take the averaged weights of a checkpoint's codec and, if it has one of the same kind and
         shape, prior -> a sentence that says what was taken. Positions of another resolution are
-        resampled. UserError if the codec is another."""
+        resampled. UserError if the codec is another, or no weights fit."""
         was, taken = state['config'], []
         options = CODEC_OPTIONS
         if was['codec'] == 'pixels':                               # where the rest means nothing
@@ -661,13 +661,17 @@ HELD_OUT = 512                                                     # images, at 
 
 def check_held_out(held, config):
     """UserError now, not at the first measurement, if no image can be read."""
-    if not len(held):
-        return
+    if len(held):
+        held_out_batch(BatchDataset(held, config.image_size, 1, config.seed, False, 0, 1), 0)
+
+
+def held_out_batch(dataset, step):
+    """-> dataset[step]; UserError if no image for it can be read"""
     try:
-        BatchDataset(held, config.image_size, 1, config.seed, False, 0, 1)[0]
+        return dataset[step]
     except Unreadable:
-        raise UserError(f'no image that --holdout keeps can be read, such as {held.name(0)}; '
-                        'repair or remove them')
+        raise UserError('no image that --holdout keeps can be read, such as '
+                        f'{dataset.data.name(0)}; repair or remove them')
 
 
 @torch.no_grad()
@@ -684,7 +688,7 @@ def validate(trainer, held):
     data = BatchDataset(held, c.image_size, size, c.seed, False, process.rank, process.world)
     values = []
     for step in range(steps):
-        pixels, y, _ = data[step]                                  # (b, H, W, 3), (b,)
+        pixels, y, _ = held_out_batch(data, step)                  # (b, H, W, 3), (b,)
         image = from_uint8(torch.from_numpy(pixels).permute(0, 3, 1, 2).to(process.device))
         y = torch.from_numpy(y).to(process.device)
         noise = torch.randn(size, *model.flow.shape, generator=g, device=process.device)

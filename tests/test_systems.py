@@ -9,7 +9,7 @@ import torch
 from data import UserError, batches, open_data
 from flow import GUIDANCE, Flow, SiT, VPFlow, extrapolate
 from model import (NOISE, PRESETS, Aligned, Config, SimFlow, alignment, features, from_uint8,
-                   generative_pass, load_checkpoint, load_model)
+                   generative_pass, load_model)
 import sample
 from test_flow import B, CLASSES, D, T, perturbed, predict, small_flow
 from test_train import read_log, same
@@ -453,7 +453,8 @@ def test_generative_pass_comes_back_to_the_input(block):
     inputs = []
     z, _ = flow(X, Y, inputs)
     again = generative_pass(flow, inputs, z, Y, block)
-    torch.testing.assert_close(again, inputs[block - 1], rtol=1e-4, atol=1e-4)
+    for i in range(block - 1, 3):
+        torch.testing.assert_close(again[i], inputs[i], rtol=1e-4, atol=1e-4)
 
 
 def test_alignment_is_minus_the_cosine():
