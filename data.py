@@ -731,7 +731,7 @@ def parse_options(cls, argv, description, presets={}):
         add_option(parser, field, presets if field.name == 'model' else None)
     if presets:
         chosen, _ = parser.parse_known_args([a for a in argv if a not in ('-h', '--help')])
-        parser.set_defaults(**presets[chosen.model])
+        parser.set_defaults(**{name: show(value) for name, value in presets[chosen.model].items()})
         # Who asks for epochs does not want the steps of a preset.
         if any(a.split('=')[0] == '--epochs' for a in argv):
             parser.set_defaults(steps=0)
@@ -741,14 +741,25 @@ def parse_options(cls, argv, description, presets={}):
 def add_option(parser, field, presets):
     many = typing.get_origin(field.type) is list
     kind = typing.get_args(field.type)[0] if many else field.type
-    default = '' if field.default in ('', None, ()) else ' (default: %(default)s)'
-    parser.add_argument('--' + field.name, *field.metadata['also'], default=field.default,
+    # argparse parses a default as if it were typed, if it is for one value; a preset may change it.
+    default, shown = show(field.default), '%(default)s'
+    if many:
+        default, shown = field.default, default
+    note = '' if field.default in ('', None, ()) else f' (default: {shown})'
+    parser.add_argument('--' + field.name, *field.metadata['also'], default=default,
                         type=functools.partial(parse_value, kind), nargs='+' if many else None,
                         choices=presets or None, metavar=METAVAR.get(kind, ''),
-                        help=field.metadata['help'] + default)
+                        help=field.metadata['help'] + note)
     if field.metadata['bare']:
         parser.add_argument(field.name, nargs='?', default=argparse.SUPPRESS,
                             help='as --' + field.name)
+
+
+def show(value):
+    """As it is typed on the command line."""
+    if isinstance(value, tuple):
+        return ','.join(map(str, value))
+    return str(int(value)) if isinstance(value, bool) else value
 
 
 # What the text of an option must be, for the type of its field.

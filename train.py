@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from data import (BatchDataset, Unreadable, UserError, batches, cli, held_out, hold_out,
-                  open_data, parse_options, whole)
+                  open_data, parse_options, show, whole)
 from flow import Layer, SiT, VPFlow
 from model import (DIFFUSION, PRESETS, RECON, TRAIN, Aligned, Config, SimFlow, alignment,
                    find_process, from_uint8, generator, grid, load_checkpoint, load_teacher,
@@ -173,8 +173,7 @@ class Trainer:
 
     def gradients(self, image, y, noise):
         """Gradients of a step, image (b, 3, H, W) uint8, y (b,), noise (b, T, D) -> terms."""
-        for opt in self.optimizers():
-            opt.zero_grad(set_to_none=True)
+        self.drop_gradients()
         micro = len(y) // self.config.grad_accum
         values = []
         for i in range(0, len(y), micro):
@@ -183,6 +182,10 @@ class Trainer:
                 ddp.require_backward_grad_sync = i + micro == len(y)
             values.append(self.backward(from_uint8(image[part]), y[part], noise[part]))
         return {name: torch.stack([v[name] for v in values]).mean() for name in values[0]}
+
+    def drop_gradients(self):
+        for opt in self.optimizers():
+            opt.zero_grad(set_to_none=True)
 
     def optimizers(self):
         opts = list(self.opts.values())
@@ -208,8 +211,7 @@ class Trainer:
     def release(self):
         """Give back the graph's memory, and that of gradients, which only the next step needs."""
         self.graph = None
-        for opt in self.optimizers():
-            opt.zero_grad(set_to_none=True)
+        self.drop_gradients()
         if self.process.device.type == 'cuda':
             torch.cuda.empty_cache()
 
@@ -582,13 +584,6 @@ def resume(trainer, data):
     if saved.get('images', len(data)) != len(data):
         changed.append(f', {saved["images"]} -> {len(data)} images, in a new order')
     trainer.process.print(f'resuming {path} at step {trainer.step}' + ''.join(changed))
-
-
-def show(value):
-    """As it is written on the command line."""
-    if isinstance(value, (list, tuple)):
-        return ','.join(map(str, value))
-    return int(value) if isinstance(value, bool) else value
 
 
 class Log:
