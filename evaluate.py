@@ -67,7 +67,8 @@ class Options:
     batch_size: int = option(50, 'images at once, per process')
     out: str = option('', 'directory for pictures; default: where --ckpt is')
     device: str = option('', 'cuda, mps, cpu; default: the best there is')
-    dtype: str = option('', "the checkpoint's arithmetic: float32, bfloat16; default: as trained")
+    dtype: str = option('', 'float32 or bfloat16; default: what --dtype was in training, else '
+                       'bfloat16 if the GPU has it')
 
     def check(self):
         """Raise UserError for what can't be done."""

@@ -11,8 +11,8 @@ Shapes: B images, T tokens, D channels per token, C width, H heads. Every block 
 
 where a causal transformer computes mean_t and log_scale_t from x_<t and the class.
 
-Below the flow stand its siblings: decoding several tokens at once, VPFlow, which has no scales, and
-SiT, a diffusion model in the flow's place.
+Below the flow stand its siblings: decoding several tokens at once, VPFlow, which has no scales,
+TARFlow as released, and SiT, a diffusion model in the flow's place.
 """
 import contextlib
 import functools

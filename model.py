@@ -260,7 +260,8 @@ class Config:
         require(not self.denoise or self.noise == 'additive' and not learned,
                 '--denoise is for --noise additive of a constant --sigma')
         require(not (pixels and (self.gan or self.lpips or self.freeze)),
-                '--codec pixels has nothing to learn: leave --gan, --lpips and --freeze at 0')
+                '--codec pixels has nothing to learn: set --gan and --lpips to 0, and leave '
+                '--freeze away')
         require(not learned or self.noise == 'additive',
                 f'--noise {self.noise} needs a constant variance, not --codec learned')
         require(self.noise not in ('linear', 'slerp') or self.sigma <= 1,

@@ -1,11 +1,12 @@
 """Train SimFlow: one forward, everything learns together.
 
     python train.py                                            5 minutes on two cores, built-in data
-    python train.py --model S --data imagenet/train --grad_accum 8        one GPU
-    torchrun --nproc_per_node=8 train.py --model XXL --data imagenet/train --grad_ckpt 1
+    python train.py --model S --data imagenet/train --grad_accum 8 --out out/S        one GPU
+    torchrun --nproc_per_node=8 train.py --model XXL --data imagenet/train --grad_ckpt 1 \
+        --out out/XXL
 
-Writes to --out: ckpt.pt, log.csv, samples_*.png (EMA weights, one row per class) and recon_*.png
-(originals above reconstructions). The same command, run again, resumes where it stopped.
+Writes to --out: ckpt.pt, log.csv, log.png, samples_*.png (EMA weights, one row per class) and
+recon_*.png (originals above reconstructions). The same command resumes where the run stopped.
 """
 import contextlib
 import copy
@@ -47,7 +48,7 @@ FIXED_OPTIONS = CODEC_OPTIONS + (
 # Dense bf16 FLOP/s, for the column mfu of the log.
 PEAK = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12, 'L40S': 362e12, '4090': 165e12}
 # The share of it that is useful work of VAE and flow: from the GPU time of a compiled step of S and
-# XXL at 256 pixels on an H100 (0.23 and 0.25), less some for data, logs and pictures.
+# XXL at 256 pixels on an H100 (0.23 and 0.24), less some for data, logs and pictures.
 SHARE = 0.2
 
 

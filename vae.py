@@ -7,7 +7,7 @@ A codec answers with a mean and a noise level, and decodes:
                     is learned)
     decode(x)       (B, T, D) -> (B, 3, H, W)
 
-Training and sampling never ask which codec it is: x = mu + sigma * noise. Below the VAE stand its
+Hardly anything asks which codec it is: all answer with mu and sigma. Below the VAE stand its
 siblings: LearnedVAE, whose encoder predicts the variance, and Pixels, which only cuts patches.
 """
 import math
