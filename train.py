@@ -2,8 +2,7 @@
 
     python train.py                                            5 minutes on two cores, built-in data
     python train.py --model S --data imagenet/train --grad_accum 8 --out out/S        one GPU
-    torchrun --nproc_per_node=8 train.py --model XXL --data imagenet/train --grad_ckpt 1 \
-        --out out/XXL
+    torchrun --nproc_per_node=8 train.py --model XXL --grad_ckpt 1 --out out/XXL
 
 Writes to --out: ckpt.pt, log.csv, log.png, samples_*.png (EMA weights, one row per class) and
 recon_*.png (originals above reconstructions). The same command resumes where the run stopped.
