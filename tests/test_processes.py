@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from conftest import ROOT
+from data import parse_options
+from model import PRESETS, Config, find_process
 from test_train import TINY, read_log, run, same, torchrun
 import train
 from worker import gradients
@@ -106,8 +108,20 @@ def test_two_processes_train_and_sample(tmp_path, extra):
     assert sorted(os.listdir(tmp_path / 'one')) == sorted(os.listdir(tmp_path / 'two'))
     one, two = [torch.load(tmp_path / name / 'ckpt.pt', weights_only=True)['ema']
                 for name in ('one', 'two')]
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=1e-2, atol=2e-3)
+    config = parse_options(Config, options, '', PRESETS)
+    start = train.Trainer(config, 10, find_process('cpu')).ema.state_dict()
+    # Weights of 0.3 are rounded to 2e-8, and three steps move them by 5e-4: so rounding is 4e-5 of
+    # the way. A few, whose gradients cancel, may go anywhere. Without an exchange of gradients the
+    # two would be a large part of the way apart.
+    assert way(one, two, 'vae') < 1e-2 * way(one, start, 'vae')
+    assert way(one, two, 'flow.blocks') < 1e-2 * way(one, start, 'flow.blocks')
+    if 'flow.variance' in one:
+        torch.testing.assert_close(two['flow.variance'], one['flow.variance'], rtol=1e-4, atol=0)
+
+
+def way(a, b, part):
+    """Distance of two dictionaries of weights, of those whose names begin with `part`"""
+    return sum((a[n] - b[n]).square().sum() for n in a if n.startswith(part)).sqrt()
 
 
 def test_a_step_that_is_not_finite_in_one_process_is_left_out_in_all(two_processes):
