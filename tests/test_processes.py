@@ -113,15 +113,16 @@ def test_two_processes_train_and_sample(tmp_path, extra):
     # Weights of 0.3 are rounded to 2e-8, and three steps move them by 5e-4: so rounding is 4e-5 of
     # the way. A few, whose gradients cancel, may go anywhere. Without an exchange of gradients the
     # two would be a large part of the way apart.
-    assert way(one, two, 'vae') < 1e-2 * way(one, start, 'vae')
-    assert way(one, two, 'flow.blocks') < 1e-2 * way(one, start, 'flow.blocks')
-    if 'flow.variance' in one:
-        torch.testing.assert_close(two['flow.variance'], one['flow.variance'], rtol=1e-4, atol=0)
+    if 'flow.variance' in one:                                     # moves much further
+        torch.testing.assert_close(two['flow.variance'], one.pop('flow.variance'), rtol=1e-4,
+                                   atol=0)
+    for part in {name.split('.')[0] for name in one}:              # vae, flow, projectors
+        assert way(one, two, part) < 1e-2 * way(one, start, part), part
 
 
 def way(a, b, part):
-    """Distance of two dictionaries of weights, of those whose names begin with `part`"""
-    return sum((a[n] - b[n]).square().sum() for n in a if n.startswith(part)).sqrt()
+    """Distance of two dictionaries of weights, of those of a that are in `part`"""
+    return sum((a[n] - b[n]).square().sum() for n in a if n.split('.')[0] == part).sqrt()
 
 
 def test_a_step_that_is_not_finite_in_one_process_is_left_out_in_all(two_processes):
