@@ -218,7 +218,7 @@ class Files(Data):
         super().__init__(class_names, [labels[name] for name in classes])
         if class_names == ['']:
             self.class_names = []
-        self.notes = notes_on(others, root, labels)
+        self.notes = notes_on(others, root, names)
         self.source, self.index = source, np.array(index)
 
     def name(self, i):
@@ -269,15 +269,17 @@ def number_or_name(name):
     return (0, int(name), name) if name.isdecimal() else (1, 0, name)
 
 
-def notes_on(others, root, classes):
-    """Names of the files that are no images -> sentences about what was left out"""
+def notes_on(others, root, images):
+    """Names of the files that are no images, and, less the root's, of the images -> sentences about
+    what was left out"""
     notes, endings = [], [posixpath.splitext(name)[1] or 'without an ending' for name in others]
     if others:
         counts = ', '.join(f'{n} {ending}' for ending, n in Counter(endings).most_common(9))
         notes.append(f'files ignored, as their names are not those of images: {counts}')
     below = [name.removeprefix(root) for name in others if name.startswith(root)]
-    empty = {name.split('/')[0] for name in below if '/' in name}.difference(classes)
-    if empty and '' not in classes:
+    full = {name.split('/')[0] for name in images if '/' in name}
+    empty = {name.split('/')[0] for name in below if '/' in name} - full
+    if empty and full:
         names = ', '.join(sorted(empty)[:10])
         notes.append(f'folders ignored, as they hold no images: {names}')
     return notes
@@ -300,21 +302,19 @@ def open_npz(path):
     """-> Data of arr_0, (N, H, W, 3) or (N, H, W) uint8, and, if there, labels arr_1 (N,), as ADM
     and sample.py write them. The images stay on disk unless they are compressed: they may not fit
     in memory."""
-    try:
-        with zipfile.ZipFile(path) as z, np.load(path) as arrays, open(path, 'rb') as f:
-            if 'arr_0.npy' not in z.namelist():
-                raise UserError(f'{path} holds no images (arr_0); name one that does')
-            info = z.getinfo('arr_0.npy')
-            skip_header(f, info.header_offset)
-            stored = info.compress_type == zipfile.ZIP_STORED
-            if stored and np.lib.format.read_magic(f) == (1, 0):
-                shape, columns, dtype = np.lib.format.read_array_header_1_0(f)
-                images = np.memmap(path, dtype, 'r', f.tell(), shape, 'F' if columns else 'C')
-            else:
-                images = arrays['arr_0']
-            numbers = arrays['arr_1'] if 'arr_1' in arrays else None
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as e:
-        raise UserError(f'{path} cannot be read, or is damaged: {e}')
+    with refuse_damaged(path), zipfile.ZipFile(path) as z, np.load(path) as arrays, \
+            open(path, 'rb') as f:
+        if 'arr_0.npy' not in z.namelist():
+            raise UserError(f'{path} holds no images (arr_0); name one that does')
+        info = z.getinfo('arr_0.npy')
+        skip_header(f, info.header_offset)
+        stored = info.compress_type == zipfile.ZIP_STORED
+        if stored and np.lib.format.read_magic(f) == (1, 0):
+            shape, columns, dtype = np.lib.format.read_array_header_1_0(f)
+            images = np.memmap(path, dtype, 'r', f.tell(), shape, 'F' if columns else 'C')
+        else:
+            images = arrays['arr_0']
+        numbers = arrays['arr_1'] if 'arr_1' in arrays else None
     grey, colour = images.ndim == 3, images.ndim == 4 and images.shape[3] == 3
     if images.dtype != np.uint8 or not (grey or colour) or not images.size:
         raise UserError(f'arr_0 of {path} is {images.dtype} {images.shape}; it must be uint8 '
@@ -328,6 +328,15 @@ def open_npz(path):
     else:
         data.notes.append('arr_1 is ignored, as it is not one integer per image')
     return data
+
+
+@contextlib.contextmanager
+def refuse_damaged(path):
+    """Whatever is wrong with a file becomes one sentence."""
+    try:
+        yield
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as e:
+        raise UserError(f'{path} cannot be read, or is damaged: {e}')
 
 
 class Part(Data):
@@ -400,7 +409,7 @@ def batches(data, image_size, batch_size, seed, flip, start, steps, rank=0, worl
             images = images.pin_memory() if pin else images
             yield images.permute(0, 3, 1, 2), torch.from_numpy(labels), len(replaced)
     except Unreadable:
-        raise UserError('a hundred images on end are unreadable; is the disk with them still '
+        raise UserError('a hundred images in a row are unreadable; is the disk with them still '
                         'there?')
 
 
@@ -816,7 +825,6 @@ def fetch(url, path, digest, hint='try again, or download it by hand to that pla
     try:
         if os.path.isfile(path) and hexdigest(path, kind).startswith(expected):
             return path
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         with whole(path) as temporary:
             download_to(temporary, url, os.path.basename(path))
             came = hexdigest(temporary, kind)

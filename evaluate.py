@@ -20,7 +20,6 @@ from multiprocessing.pool import ThreadPool
 import os
 import time
 import zipfile
-import zlib
 
 import numpy as np
 import torch
@@ -30,7 +29,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import (Unreadable, UserError, cli, crop, fetch, hexdigest, open_data, option,
-                  parse_options, refuse_damage, refuse_negative, whole)
+                  parse_options, refuse_damage, refuse_damaged, refuse_negative, whole)
 from model import (RECON, TOL, check_sampling, find_process, generator, grid, load_model,
                    note_on_guidance, plot, psnr, sample_images, to_uint8, tolerance,
                    with_weights_in)
@@ -268,11 +267,11 @@ def resize(x, size):
     return x
 
 
-def random_inception(seed=0):
+def random_inception():
     """Inception with random weights: He's initialisation, random BatchNorm scales, running
     statistics of four images of noise at all scales. Drawn by numpy and in float64, it is the same
     network everywhere. Its features tell images apart, but not as FID's do."""
-    rng, net = np.random.RandomState(seed), Inception().double()
+    rng, net = np.random.RandomState(0), Inception().double()
     for name, value in sorted(net.state_dict().items()):
         if value.dim() > 1:
             scale = math.sqrt(2 / value[0].numel())
@@ -316,6 +315,7 @@ def load_inception(options):
                      INCEPTION_DIGEST, 'put it there by hand, name a copy: --weights, or use '
                      '--features random')
     net = Inception()
+    # A plain dict may lack counts of batches, as this file does: it says no version of BatchNorm.
     net.load_state_dict(dict(torch.load(path, map_location='cpu', weights_only=True)))
     return Features(net.eval().requires_grad_(False), 2048, INCEPTION_DIGEST, prefix='')
 
@@ -330,7 +330,7 @@ FEATURES = {'inception': load_inception, 'random': load_random}
 
 def load_features(options, process):
     """-> Features, on the process's device"""
-    features = FEATURES[options.features](options)
+    features = process.rank_0_first(FEATURES[options.features], options)
     features.network.to(process.device, memory_format=torch.channels_last)
     return features
 
@@ -346,7 +346,7 @@ def load_features(options, process):
 
 class Statistics:
     """Sums over the n images of all processes, in float64, and the features of those at the
-    positions `kept`, without which memory does not grow with n."""
+    positions `kept`; but for these, memory does not grow with n."""
 
     def __init__(self, network, n, kept, process):
         self.network, self.process = network, process
@@ -616,7 +616,8 @@ def open_images(path, limit, process):
         process.print(f'{path}: {note}')
     index, least = subset(len(data), limit), max(SPLITS, process.world)
     if len(index) < least:
-        raise UserError(f'{path} has {len(data)} images; the numbers need {least} or more')
+        raise UserError(f'{path} has {len(data)} images, of which {len(index)} are asked for; the '
+                        f'numbers need {least} or more')
     process.print(f'{path}: {len(index):,} of {len(data):,} images')
     return data, index
 
@@ -626,15 +627,6 @@ def subset(n, limit):
     come sorted by class, or with classes in turn: the first ones, or evenly spaced ones, would not
     be fair.)"""
     return np.sort(np.random.RandomState(2020).permutation(n)[:limit or n])
-
-
-@contextlib.contextmanager
-def refuse_damaged(path):
-    """Whatever is wrong with a file becomes one sentence."""
-    try:
-        yield
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as e:
-        raise UserError(f'{path} cannot be read, or is damaged: {e}')
 
 
 def read_statistics(path):
@@ -683,8 +675,10 @@ def save_statistics(path, statistics):
             arrays[name] = value
         elif value is not None:
             facts[name] = value
+    if 'size' in facts:                                            # ADM's stay as they came
+        arrays['facts'] = np.array(json.dumps(facts))
     with whole(path) as temporary, open(temporary, 'wb') as f:
-        np.savez(f, facts=json.dumps(facts), **arrays)
+        np.savez(f, **arrays)
 
 
 def load_image(data, i):
@@ -693,8 +687,8 @@ def load_image(data, i):
     for j in range(i, i + 100):
         with contextlib.suppress(Unreadable):
             return j % len(data), data.load(j % len(data))
-    raise UserError(f'{data.name(i)} and the hundred images after it are unreadable; repair or '
-                    'remove them')
+    raise UserError(f'{data.name(i)} and the 99 images after it are unreadable; repair or remove '
+                    'them')
 
 
 def load_pixels(data, i, size):
@@ -718,10 +712,13 @@ def load_batches(data, index, size, options, process):
             loaded = pool.starmap(load_pixels, [(data, i, size) for i in wanted])
             index[positions] = [i for i, _ in loaded]
             broken += [data.name(i) for i in wanted[wanted != index[positions]]]
-            refuse_damage(broken, len(broken), len(mine))
+            refuse_damage(broken, len(broken), len(index))
             images = [pixels for _, pixels in loaded]
             refuse_other_sizes(data, index[positions], images, side, first)
             yield positions, np.stack(images)
+    count = torch.tensor(float(len(broken)))
+    process.mean(count)
+    refuse_damage(broken, round(count.item() * process.world), len(index))
     if broken:
         names = ', '.join(sorted(broken)[:10])
         tqdm.write(f'unreadable, and replaced by the images after them: {names}')
@@ -731,7 +728,7 @@ def refuse_other_sizes(data, numbers, images, side, first):
     for i, image in zip(numbers, images):
         height, width, _ = image.shape
         if height != side or width != side:
-            raise UserError(f'{data.name(i)} is {width} x {height}, but samples must be square and '
+            raise UserError(f'{data.name(i)} is {width} x {height}, but images must be square and '
                             f'of one size; {first} is {side} wide')
 
 
@@ -781,7 +778,7 @@ def compare_given(options, process):
     """Compare the images or statistics in --samples with --ref."""
     features = load_features(options, process)
     samples = open_source(options.samples, options.num_samples, None, features, process)
-    if samples.given:
+    if samples.data is None:
         size = samples.given['size']
     else:
         size = load_image(samples.data, samples.index[0])[1].width
@@ -807,7 +804,7 @@ def compare_generated(options, process, trained):
                             any(options.gamma), options.guidance)
     if note:
         process.print(note)
-    model = with_weights_in(process.dtype, trained.model)
+    trained = trained._replace(model=with_weights_in(process.dtype, trained.model))
     features, n = load_features(options, process), options.num_samples
     reference = open_source(options.ref, options.ref_n, trained.config.image_size, features,
                             process)
@@ -817,14 +814,14 @@ def compare_generated(options, process, trained):
         curve = curves.setdefault(f'gamma {gamma:g}', [])
         for cfg in options.cfg:
             start, name = time.time(), f'cfg {cfg:g} gamma {gamma:g}'
-            batches = generate(options, process, trained._replace(model=model), cfg, gamma)
+            batches = generate(options, process, trained, cfg, gamma)
             sample = measure(batches, n, np.arange(n), name, features, process)
             sample['n'], speed = n, n / (time.time() - start)
             row = {'cfg': cfg, 'gamma': gamma} | compare(sample, ref, features, process)
             rows.append(row | {'images/s': speed})
             curve.append((cfg, row.get(fid)))
     files = reference_file(options, ref)
-    if process.rank == 0 and len(rows) > 1:
+    if process.rank == 0 and len(options.cfg) > 1:
         files[options.path('fid_cfg.png')] = plot(curves, 'cfg', f'{fid}-{n}')
     return rows, files
 
@@ -882,21 +879,20 @@ def decode(x, process, trained):
 def reconstruct(options, process, trained):
     """Encode and decode --reconstruct's images, with the noise of training and without."""
     features = load_features(options, process)
-    source = open_source(options.reconstruct, options.num_samples, trained.config.image_size,
-                         features, process)
-    if source.data is None:
-        raise UserError(f'{source.path} holds statistics, but no images to reconstruct')
-    ref = source_statistics(source, options, features, process)
-    lpips, n = None, len(source.index)
+    data, index = open_images(options.reconstruct, options.num_samples, process)
+    originals = Source(options.reconstruct, data, index, trained.config.image_size, given={})
+    ref = source_statistics(originals, options, features, process)
+    lpips, n = None, len(index)
     if not features.prefix:                                        # others do without downloads
-        lpips = load_lpips(options.lpips_vgg, options.lpips_heads, '--features random')
+        lpips = process.rank_0_first(load_lpips, options.lpips_vgg, options.lpips_heads,
+                                     '--features random')
         lpips.to(process.device)
     means, statistics = {}, {}
     noisy, clean = 'mu + sigma eps', 'mu'                          # what is decoded
     for name in (noisy, clean):
         means[name] = Means(n, process)
         statistics[name] = Statistics(features.network, n, [], process)
-    for batch in encode(options, process, trained, source.data, source.index):
+    for batch in encode(options, process, trained, data, index):
         no_noise = torch.zeros_like(batch.noise)
         x_clean = trained.model.noise.add(batch.mu, batch.sigma, no_noise)
         for name, x in ((noisy, batch.x), (clean, x_clean)):
@@ -919,12 +915,12 @@ def similarity(recon, batch, lpips):
     """Reconstructions (b, 3, H, W), the batch they are of, LPIPS or None -> name -> (b,)"""
     a, b = zero_to_one(to_uint8(recon)), zero_to_one(batch.pixels)
     values = {'PSNR': psnr(a, b)}
-    if min(a.shape[2:]) > 5:                                       # SSIM's window needs as many
+    if min(a.shape[2:]) > 5:                                       # SSIM pads by 5
         values['SSIM'] = ssim(a, b)
     if lpips:
         a = (2 * a - 1).to(recon.device)
         b = (2 * b - 1).to(recon.device)
-        values['LPIPS'] = lpips(a, b).flatten()
+        values['LPIPS'] = lpips(a, b)
     return values
 
 
@@ -1001,8 +997,8 @@ def interpolate(options, process, trained, data):
 def by_gradient(flow, x):
     """Flowing Backwards' training-free classifier (Chen et al. 2025): x (B, T, D) -> scores
     (B, classes). In every block the class embedding is softmax(l) @ E, at l = 0 the mean of all;
-    the answer is the logit that log p(x | l) would raise most. One forward, one backward, whatever
-    the number of classes. TARFlow is trained with that mean in place of "no class"."""
+    the answer is the logit whose growth would raise log p(x | l) most. One forward, one backward,
+    whatever the number of classes. TARFlow is trained with that mean in place of "no class"."""
     classes = flow.null_class
     mean = F.pad(x.new_full((len(x), classes), 1 / classes), (0, 1))        # none of "no class"
     grad = gradient_in_weights(flow, x, mean)
@@ -1088,12 +1084,12 @@ def cell(value):
 
 def table(rows):
     """Rows of name -> value as text. FID is called FID-n."""
-    lines, names = [''] * (1 + len(rows)), []
+    lines, names, n = [''] * (1 + len(rows)), [], rows[0]['n'] or '?'
     for row in rows:
         names += [name for name in row if name not in names]
     for name in names:
         is_fid = name.split()[-1] in ('FID', 'rFID')
-        column = [f'{name}-{rows[0]["n"]}' if is_fid else name]
+        column = [f'{name}-{n}' if is_fid else name]
         column += [cell(row.get(name)) for row in rows]
         width = max(len(text) for text in column)
         for i, text in enumerate(column):

@@ -40,7 +40,7 @@ class Attention(nn.Module):
     def forward(self, h, cache=None, window=None):
         qkv = self.qkv(h).unflatten(-1, (3, self.heads, -1))       # (B, n, 3, H, C/H)
         if window is None:
-            # unbind comes first, as its gradient is then made in place.
+            # unbind comes first, as its gradient is then made without another copy.
             q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))      # (B, H, n, C/H)
             r = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         else:
@@ -70,8 +70,8 @@ class Layer(nn.Module):
     def forward(self, h, modulation, cache=None, window=None):
         """modulation: what `condition` returned"""
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
-        # Only the matrix products are in the dtype of the weights; what lies between them, and the
-        # sum h of all layers, stay in float32.
+        # Attention and MLP are in the dtype of the weights, or autocast's. Norms, shifts, gates and
+        # the sum h of all layers stay in float32.
         dtype = self.mlp[0].weight.dtype
         r = self.attn(modulate(h, shift1, scale1, self.eps).to(dtype), cache, window)
         h = torch.addcmul(h, gate1, r.float())
@@ -95,8 +95,8 @@ class Transformer(nn.Module):
         self.grad_ckpt = False                                     # recompute layers in backward?
         self.proj_in = nn.Linear(dim, width)
         self.pos = nn.Parameter(torch.randn(tokens, width) * 0.02)
-        # The last row is "no class". Of std 1, as no paper says otherwise: DiT's 0.02 learned more
-        # slowly in nano.
+        # The last row is "no class". Of std 1, nn.Embedding's: SimFlow names none, and DiT's 0.02
+        # learned more slowly in nano.
         self.classes = nn.Embedding(classes + 1, width)
         self.layers = nn.ModuleList(self.Layer(width, heads, causal) for _ in range(layers))
         self.ada = nn.Linear(width, 2 * width)
@@ -260,8 +260,8 @@ def shift(out):
 
 class Flow(nn.Module):
     """Blocks in the direction image -> noise, reading forwards and backwards in turn. The last one
-    is deep in L, XL and XXL, while in S and B all are alike. Sampling runs it first, and
-    SimFlow's guidance touches it alone.
+    is deep in L, XL and XXL, while in S and B all are alike. Sampling runs it first, and --cfg, as
+    STARFlow has it, guides it alone.
 
     layers: transformer layers of each block; with none at all the flow is the Gaussian N(0, I).
     classes: how many, 0 for data without labels; as a class index it means "no class".
@@ -346,8 +346,8 @@ class Flow(nn.Module):
         return torch.cat(out)
 
     def score_batches(self, x, copies):
-        """-> slices of the images x (B, T, D), each so often in a batch, whose activations fit:
-        backward keeps all of them."""
+        """-> slices of x (B, T, D) whose activations fit, with each image `copies` times in the
+        batch: backward keeps all of them."""
         hidden = sum(len(block.transformer.layers) * block.transformer.pos.numel()
                      for block in self.blocks)                     # T x C x layers
         size = max(1, score_elements(x.device) // max(1, copies * hidden))
@@ -356,7 +356,7 @@ class Flow(nn.Module):
 
 def score_elements(device):
     """-> hidden states, B x T x C x layers, of one batch of the score step. In bfloat16 they take
-    about 40 bytes each: 16 images of XXL need 20 GB."""
+    about 40 bytes each: 16 images of XXL, with and without the class, need 20 GB."""
     if device.type != 'cuda':
         return 2 ** 25
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -514,7 +514,7 @@ JACOBI_IMAGES = 4
 
 
 def jacobi_is_slower(device, images, cfg):
-    """than token by token, with so many images at once on this device"""
+    """Is Jacobi slower than token by token, for so many images at once on this device?"""
     return device.type == 'cpu' and images * (2 if cfg else 1) > JACOBI_IMAGES
 
 
@@ -549,8 +549,8 @@ def jacobi_inverse(block, z, y, cfg, guidance, window, tol):
     """As Block.inverse, `window` tokens at a time: z (B, T, D), y (B,) -> x (B, T, D).
 
     An iteration makes the first unknown token exact, and mostly brings several near their final
-    values. The window then moves on past the first, and past those that follow it and changed by at
-    most `tol` of their norm, in all images. With tol 0 that is token by token, but slower.
+    values. The window then moves on past its leading tokens that changed by at most `tol` of their
+    norm, in all images, but at least past the first. With tol 0 that is token by token, but slower.
     """
     T = z.shape[1]
     if T == 1:

@@ -84,7 +84,8 @@ class SimFlow(nn.Module):
         steps = []
         if gamma:
             steps += [(gamma, y), (-gamma, null)]
-        if self.denoise if denoise is None else denoise:
+        denoise = self.denoise if denoise is None else denoise
+        if denoise:
             steps.append((self.vae.sigma ** 2, y))
         if steps:
             x = self.flow.score_step(x, steps)
@@ -109,9 +110,7 @@ def log_sigma(sigma, like):
 def learned_entropy(sigma, like):
     """-> (B,) the entropy of q(x | image) where sigma (B, T, D) is learned, without its constant,
     to be subtracted from the loss; where sigma is a number, 0"""
-    if torch.is_tensor(sigma) and sigma.dim() == 3:
-        return log_sigma(sigma, like)
-    return torch.zeros_like(like)
+    return log_sigma(sigma, like) if torch.is_tensor(sigma) else torch.zeros_like(like)
 
 
 # ------------------------------------------------------------------------------------ configuration
@@ -125,7 +124,7 @@ class Config:
     image_size: int = option(256, 'pixels per side')
     holdout: float = option(0.0, 'share of the images to measure on, and not to train on')
     flip: bool | None = option(None, 'random mirror images; default: where the data allows')
-    workers: int = option(8, 'data loading processes per GPU')
+    workers: int = option(8, 'data loading processes per training process')
 
     codec: str = option('vae', 'image <-> latents: vae, learned (variance), or pixels')
     sigma: float = option(0.5, "standard deviation of the noise on the latents, SimFlow's constant")
@@ -145,7 +144,7 @@ class Config:
     guidance: str = option('starflow', 'how --cfg guides: a row of GUIDANCE in flow.py')
     denoise: bool = option(False, "end sampling by TARFlow's denoising step (Tweedie)")
 
-    init: str = option('', 'checkpoint to start from: its codec and, if of one shape, its flow')
+    init: str = option('', 'checkpoint to start from: its codec, and its flow if of the same shape')
     freeze: str = option('', 'what keeps the weights of --init: encoder, or vae (both halves)')
     unit_std: bool = option(False, 'divide the latents of --init by their std, measured at the '
                                    'start')
@@ -312,7 +311,7 @@ PRESETS = {
                          steps=12000, optimizer='adamw', lr=4e-4, lr_end=4e-6, warmup=300,
                          ema=0.9995, workers=8, log_interval=100, save_interval=1000,
                          sample_interval=1000),
-    # The paper compares sizes after its stage I, XXL alone goes through both (Tables 1 and 5).
+    # The paper compares sizes after its stage I; XXL alone goes through both (Tables 1 and 5).
     'S': STAGE_ONE | dict(width=384, heads=6, layers=(2, 2, 2, 2, 2, 2)),
     'B': STAGE_ONE | dict(width=768, heads=12, layers=(2, 2, 2, 2, 2, 2)),
     'L': STAGE_ONE | dict(width=1024, heads=16, layers=(2, 2, 2, 2, 2, 14)),
@@ -390,13 +389,14 @@ def linear_random(mu, sigma, eps):
 
 
 def slerp_random(mu, sigma, eps):
+    # Of the noise; in Table 6 it is mu that is multiplied by t.
     t = random_t(eps)
     return (1 - t ** 2).sqrt() * mu + t * eps
 
 
 def random_t(eps):
-    """(B, T, D) -> (B, 1, 1), uniform on (0, 1), without further random numbers: what the mean of
-    so many says of each of them is little."""
+    """(B, T, D) -> (B, 1, 1), uniform on (0, 1), without further random numbers: a function of the
+    mean of eps, which says next to nothing of any single value."""
     root = math.sqrt(eps[0].numel())
     return torch.special.ndtr(root * eps.mean((1, 2), keepdim=True))
 
@@ -422,21 +422,21 @@ NOISE = {'additive': Noise(additive), 'linear': Noise(linear), 'slerp': Noise(sl
 
 class Aligned(SimFlow):
     """SimFlow whose flow is to see what a teacher sees: `forward` also returns hidden states of
-    some blocks, each mapped by an MLP of its own into the teacher's space of `features` channels.
+    some blocks, each mapped by an MLP of its own into the teacher's space, `teacher_width` wide.
     """
 
-    def __init__(self, config, classes, features):
+    def __init__(self, config, classes, teacher_width):
         super().__init__(config, classes)
         c = config
         self.align, self.aligned, self.layer = ALIGN[c.align], c.repa_block, c.repa_layer
         self.projectors = nn.ModuleList(
             nn.Sequential(nn.Linear(c.width, c.repa_width), nn.SiLU(),
                           nn.Linear(c.repa_width, c.repa_width), nn.SiLU(),
-                          nn.Linear(c.repa_width, features)) for _ in c.repa_block)
+                          nn.Linear(c.repa_width, teacher_width)) for _ in c.repa_block)
 
     def forward(self, image, y, noise):
-        """As SimFlow's, and then (blocks, B, T, features), to be aligned with the teacher's patches
-        """
+        """As SimFlow's, and then (blocks, B, T, teacher_width), to be aligned with the teacher's
+        patches"""
         (x, mu, sigma), inputs = self.latents(image, noise), []
         z, logdet = self.flow(x, y, inputs)
         nll = -self.flow.log_prob(z, logdet) / x[0].numel()
@@ -459,10 +459,10 @@ def features(block, x, y, layers):
     return block.reorder(h)
 
 
-def alignment(projected, features):
+def alignment(projected, wanted):
     """(blocks, B, T, F), (B, T, F) -> minus their mean cosine, in float32: squares of bf16 are too
     coarse"""
-    return -F.cosine_similarity(projected.float(), features.float(), dim=-1).mean()
+    return -F.cosine_similarity(projected.float(), wanted.float(), dim=-1).mean()
 
 
 def generative_pass(flow, inputs, z, y, first):
@@ -739,7 +739,7 @@ def block_number(name):
 
 def load_model(path):
     """-> SimFlow with a checkpoint's EMA weights, its Config, class names. May raise UserError."""
-    state = load_checkpoint(path, mmap=True)                       # of which it takes a quarter
+    state = load_checkpoint(path, mmap=True)                       # only the average is read
     config = Config(**state['config'])
     model = SimFlow(config, len(state['class_names'])).eval().requires_grad_(False)
     try:
@@ -751,7 +751,7 @@ def load_model(path):
 
 
 def without_projector(weights):
-    """Which is only for training."""
+    """-> the weights, less the projectors', which only training needs"""
     return {name: value for name, value in weights.items() if not name.startswith('projectors.')}
 
 
@@ -814,8 +814,8 @@ def note_on_guidance(config, class_names, cfg, gamma, guidance):
     needs_classes = not GUIDANCE[guidance or config.guidance].tau or gamma
     if class_names or not (cfg or gamma) or not needs_classes:
         return ''
-    return ('the checkpoint knows no classes: --cfg and --gamma change nothing, and cost time; '
-            '--cfg with --guidance tarflow_tau needs no classes')
+    return ('the checkpoint knows no classes: --gamma changes nothing, --cfg only with --guidance '
+            'tarflow_tau, and both cost time')
 
 
 def sample_images(model, labels, seed, process, batch_size, cfg=0.0, gamma=0.0, order=None, **how):
@@ -1011,13 +1011,13 @@ def load_teacher(path, side):
                         "'dinov2' to download one")
 
 
-def random_teacher(side, seed=0):
+def random_teacher(side):
     """Small DINOv2 with random weights: a control, and a teacher without a download. Its features
     tell images and positions apart, but know nothing of objects.
 
     From numpy's RandomState, so that it is the same network everywhere.
     """
-    rng, state = np.random.RandomState(seed), {}
+    rng, state = np.random.RandomState(0), {}
     for name, value in sorted(DINOv2(64, 2, 1, side=37).state_dict().items()):
         draw = rng.standard_normal(value.shape)
         if name.endswith('weight') and value.dim() > 1:

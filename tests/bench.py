@@ -19,6 +19,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import os
 import platform
 import time
 from unittest import mock
@@ -46,7 +47,7 @@ class Machine:
 
     def __init__(self, device, threads, quick):
         torch.set_num_threads(threads)
-        self.device, self.quick, cuda = torch.device(device), quick, device.startswith('cuda')
+        self.quick, cuda = quick, device.startswith('cuda')
         self.clock = time.process_time if threads == 1 and device == 'cpu' else time.perf_counter
         self.process = find_process(device, compile=False)
         self.device = self.process.device
@@ -214,7 +215,7 @@ def section_sample(machine, args):
                            'peer': lambda: peer.sample(z, y, cfg, every_block)})
         rows.append({'guided': where, 'cfg': cfg, 'batch': len(z), 'T': z.shape[1],
                      'ours, s': t['ours'], 'plain, s': t['peer'],
-                     'ours, ms a token': 1e3 * t['ours'] / z.shape[1],
+                     'ours, ms per token': 1e3 * t['ours'] / z.shape[1],
                      'times as fast': t['peer'] / t['ours']})
     return show('Sampling, token by token. TARFlow guides every block, SimFlow the deep one', rows)
 
@@ -247,13 +248,19 @@ def brief_flow(machine):
     return flow.requires_grad_(False)
 
 
+def launch(step, device):
+    """In place of flow.capture: without a graph"""
+    step()
+    return step
+
+
 def counted(flow, call):
     """-> how often call() evaluates each block of the flow, the one that is sampled first first"""
     seen = []
     hooks = [block.transformer.register_forward_hook(lambda module, *_: seen.append(module))
              for block in flow.blocks]
     # A graph's replay would call no hooks.
-    with mock.patch.object(flow_module, 'capture', lambda step, device: step() or step):
+    with mock.patch.object(flow_module, 'capture', launch):
         call()
     for hook in hooks:
         hook.remove()
@@ -262,10 +269,8 @@ def counted(flow, call):
 
 def parallel(flow, z, y, cfg, tol):
     """flow.sample in parallel, even where it would rather go token by token"""
-    few, flow_module.JACOBI_IMAGES = flow_module.JACOBI_IMAGES, np.inf
-    x = flow.sample(z, y, cfg, tol=tol)
-    flow_module.JACOBI_IMAGES = few
-    return x
+    with mock.patch.object(flow_module, 'JACOBI_IMAGES', np.inf):
+        return flow.sample(z, y, cfg, tol=tol)
 
 
 def section_jacobi(machine, args):
@@ -316,15 +321,14 @@ def decoding_error(machine, flow, model, z, y, cfg, tol):
 # -------------------------------------------------------------------------- the VAE, the whole step
 
 def conv_calls(vae, image, noise):
-    """-> a call of every convolution and Linear layer of the VAE alone, forward and backward, on
-    inputs it has seen"""
+    """-> a call of every convolution of the VAE, forward and backward, on inputs it has seen"""
     seen = []
 
     def see(module, inputs, out):
         seen.append((module, inputs[0].detach(), out.detach()))
 
     hooks = [module.register_forward_hook(see) for module in vae.modules()
-             if isinstance(module, (nn.Conv2d, nn.Linear))]
+             if isinstance(module, nn.Conv2d)]
     vae_step(vae, image, noise)()
     for hook in hooks:
         hook.remove()
@@ -394,7 +398,7 @@ def section_step(machine, args):
 
 # ------------------------------------------------------------------------- whole presets, for a GPU
 
-# What to measure of each size: images a step; images at once that are sampled.
+# What to measure of each size: images per step; images at once that are sampled.
 SIZES = {'nano': (8, (8,)), 'cifar': (256, (256,)), 'S': (16, (32,)), 'L': (16, (64,)),
          'XXL': (16, (1, 64, 256))}
 
@@ -467,12 +471,10 @@ def section_sample_sizes(machine, args):
                                'score': lambda: model.flow.score_step(z, steps),
                                'decode': lambda: model.decode(z)})
             row = {'size': size, 'images': batch, 'flow, s': t['flow'], 'score step, s': t['score'],
-                   'decode, s': t['decode'], 'ms an image': 1e3 * sum(t.values()) / batch}
+                   'decode, s': t['decode'], 'ms per image': 1e3 * sum(t.values()) / batch}
             if cuda:
-                launched = mock.patch.object(flow_module, 'capture',
-                                             lambda step, device: step() or step)
-                with machine.process.autocast(), launched:
-                    row['flow, launched, s'] = machine.time(sample) if batch < 256 else 0.0
+                with mock.patch.object(flow_module, 'capture', launch):
+                    row['flow, launched, s'] = machine.time(sample) if batch < 256 else '-'
                 row['peak, GB'] = torch.cuda.max_memory_reserved() / 1e9
             rows.append(row)
         model = None                                               # its memory is needed
@@ -521,7 +523,7 @@ def main(argv):
     parser.add_argument('--sections', nargs='+', choices=SECTIONS,
                         help='default: all; on a GPU ' + ', '.join(ON_A_GPU))
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    parser.add_argument('--threads', type=int, default=torch.get_num_threads())
+    parser.add_argument('--threads', type=int, default=os.cpu_count())
     parser.add_argument('--tol', type=float, default=Options.tol, help='of parallel decoding')
     parser.add_argument('--sizes', nargs='+', choices=SIZES,
                         help='for train_sizes, sample_sizes; default: nano, or S and XXL')

@@ -1,7 +1,7 @@
 """The paper's figures at a small scale: trains what they need, as tests/ablation.py does, and
 writes their curves as PNGs and their numbers as tables.
 
-    OMP_NUM_THREADS=1 python tests/figures.py fashion_mnist.zip --judge judge.py [--figures 3 4 7 8]
+    python tests/figures.py fashion_mnist.zip --judge judge.py [--figures 3 4 7 8]
 
     3   PSNR of decode(mu + noise), for five variances and a learned one (SimFlow's Figure 3a)
     4   how smooth the latents are: end to end, frozen, frozen with a learned variance (Figure 4)
@@ -52,7 +52,7 @@ def print_table(rows, columns):
     """rows: name -> {column: value}"""
     print('\n'.join(['| | ' + ' | '.join(columns) + ' |', '|---' * (len(columns) + 1) + '|']))
     for name, row in rows.items():
-        print(f'| {name} | ' + ' | '.join(f'{row[column]:.3g}' for column in columns) + ' |')
+        print(f'| {name} | ' + ' | '.join(f'{row[column]:.4g}' for column in columns) + ' |')
 
 
 def figure_3(train, held_out, judge, out):
@@ -116,7 +116,6 @@ def main(argv):
     parser.add_argument('--steps', type=int, default=600)
     parser.add_argument('--figures', nargs='+', choices=FIGURES, default=list(FIGURES))
     args = parser.parse_args(argv)
-    torch.set_num_threads(int(os.environ['OMP_NUM_THREADS']))
     os.makedirs(args.out, exist_ok=True)
     train_zip, held_out = ablation.split(args.data, args.out)
     judge = ablation.Judge(args.judge, held_out)

@@ -1,6 +1,6 @@
 """How much memory a training step will take, told from shapes alone, without a GPU and in seconds.
 
-Options are train.py's; WORLD_SIZE says one of how many processes.
+Options are train.py's, with WORLD_SIZE processes (1, if that is not set), and 1,000 classes.
 
     python tests/memory.py --model XXL --batch_size 128 --grad_ckpt 1
     WORLD_SIZE=8 python tests/memory.py --model XXL

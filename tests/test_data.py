@@ -85,11 +85,6 @@ def load_one(tmp_path, name, save):
     return np.asarray(open_data(str(folder)).load(0)).astype(int)
 
 
-def ramp(mode):
-    grey = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
-    return grey.convert('RGB').convert(mode)
-
-
 @pytest.mark.parametrize('mode, name, slack', [
     ('L', 'x.png', 0), ('LA', 'x.png', 0), ('P', 'x.png', 0), ('RGB', 'x.PNG', 0),
     ('RGBA', 'x.png', 0), ('RGB', 'x.bmp', 0), ('L', 'x.gif', 0), ('RGB', 'x.webp', 32),
@@ -259,6 +254,15 @@ def test_other_files_are_ignored(tmp_path, six):
         assert ignored.startswith('files ignored')
         assert '2 .heic' in ignored and '1 without an ending' in ignored
         assert d.notes[1] == 'folders ignored, as they hold no images: cow, x' and six.notes == []
+
+
+def test_folders_of_numbered_images_are_not_ignored(tmp_path):
+    """Where dataset.json names the classes, folders do not."""
+    table = {'labels': [['00000/1.png', 3], ['00001/2.png', 5]]}
+    contents = files(['00000/1.png', '00001/2.png']) | {
+        'dataset.json': json.dumps(table).encode(), '00000/notes.txt': b'?', 'x/list.csv': b'?'}
+    d = open_data(write_folder(tmp_path / 'numbered', contents))
+    assert d.class_names == ['3', '5'] and d.notes[1].endswith('no images: x')
 
 
 def test_what_lies_beside_the_only_class_is_said(tmp_path):

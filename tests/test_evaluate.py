@@ -314,6 +314,12 @@ def test_statistics_are_references_and_samples_too(tiny, capsys):
     np.savez(tiny / 'batch.npz', arr_0=golden.images(1, 30, 16), **adm | {'mu': adm['mu'] + 1})
     beside, = run(capsys, samples, '--ref', tiny / 'batch.npz')['rows']
     assert beside['FID'] != row['FID'] and beside['precision'] == row['precision']
+    for name in ('adm', 'batch'):                                  # saved, they are what they were
+        again, given = tiny / 'again.npz', tiny / f'{name}.npz'
+        rows = run(capsys, samples, '--ref', given, '--save_ref', again)['rows']
+        assert run(capsys, samples, '--ref', again)['rows'][0]['FID'] == rows[0]['FID']
+        evaluate.main([str(again), '--ref', str(given)])
+        assert 'FID-? ' in capsys.readouterr().out
     np.savez(tiny / 'adm.npz', mu=np.zeros(8), sigma=np.eye(8))
     with pytest.raises(UserError, match='there are 24 features'):
         run(capsys, samples, '--ref', tiny / 'adm.npz')
@@ -487,7 +493,7 @@ def share_work(rank, world, folder):
     evaluate.report = lambda rows, *args: tables.extend(rows)
     os.chdir(folder)
     model = '--ckpt ckpt.pt'
-    for argv in ('s.npz --ref r.npz', f'{model} --ref r.npz --n 11 --cfg 1',
+    for argv in ('s.npz --ref r.npz', 's.npz --ref r', f'{model} --ref r.npz --n 11 --cfg 1',
                  f'{model} --reconstruct r.npz',
                  f'{model} --reconstruct r.npz --latents 1'):
         evaluate.main(f'{argv} --batch_size 4'.split())
@@ -498,6 +504,8 @@ def share_work(rank, world, folder):
 def test_any_number_of_processes_gives_the_same_numbers(tmp_path):
     save_npz(tmp_path / 's.npz', golden.images(0, 31, 16))
     save_npz(tmp_path / 'r.npz', golden.images(1, 23, 16))
+    # One of 110 is replaced, even if it is one of a process's 37.
+    (save_folder(tmp_path / 'r', golden.images(2, 110, 16)) / '0050.png').write_bytes(b'PNG?')
     save_checkpoint(tmp_path / 'ckpt.pt')
     worlds = [mp.spawn(share_work, (world, str(tmp_path)), world, join=False) for world in (1, 3)]
     for world in worlds:
@@ -582,6 +590,15 @@ def test_reconstruct_reports_both_readings(tiny, capsys, monkeypatch):
     assert noisy['rate'] > 0 and noisy['ELBO'] > 0 and 'rate' not in clean
 
 
+def test_reconstructions_are_compared_with_their_originals(tiny, capsys, monkeypatch):
+    """Also where the file has statistics of other images."""
+    monkeypatch.setattr(evaluate, 'load_lpips', Distance)
+    ckpt, data = checkpoint_and_images(tiny)
+    plain = run(capsys, '--ckpt', ckpt, '--reconstruct', data)['rows']
+    np.savez(tiny / 'both.npz', arr_0=np.load(data)['arr_0'], mu=np.ones(24), sigma=np.eye(24))
+    assert run(capsys, '--ckpt', ckpt, '--reconstruct', tiny / 'both.npz')['rows'] == plain
+
+
 def test_tiny_images_lack_what_cannot_be_computed(tiny, capsys):
     """4 pixels are too few for SSIM's window; one token is no grid."""
     ckpt, data = checkpoint_and_images(tiny, image_size=4)
@@ -634,9 +651,8 @@ def test_classifiers_find_the_class_that_made_the_image(tiny):
     flow = Flow(4, 6, 16, 2, (1, 1), classes=2)
     transformer = flow.blocks[0].transformer
     transformer.classes.weight.data.zero_()[:2, :2] = torch.tensor([[-5.0, 5.0], [5.0, -5.0]])
-    # SiLU(a) - SiLU(-a) = a: -5 or 5 shifts channel 0
+    # SiLU(a) - SiLU(-a) = a: the head's channel 0 is shifted by -5 or 5, and thus every mean.
     transformer.ada.weight.data[0, :2] = torch.tensor([1.0, -1.0])
-    # of the head, and thus every mu
     transformer.proj_out.weight.data.zero_()[:4, 0] = 0.8
     y = torch.tensor([0, 1]).repeat(10)
     x = flow.sample(torch.randn(20, 6, 4, generator=torch.Generator().manual_seed(0)), y)

@@ -158,10 +158,11 @@ def refuses(path):
 
 
 def test_resume_refuses_another_run(tmp_path):
+    tmp_path = tmp_path / '100% of it'
     options = TINY + ['--steps', '2', '--sample_interval', '0', '--out', str(tmp_path)]
     train.main(options)
     changes = [(['--width', '32'], '--width 16'), (['--seed', '1'], '--seed 0'),
-               (['--gan', '0'], '--gan 0.1')]
+               (['--gan', '0'], '--gan 0.1'), (['--gan', '0', '--seed', '1'], 'seed.*gan')]
     for change, word in changes:
         with pytest.raises(UserError, match=word):
             train.main(options + change)
@@ -607,8 +608,8 @@ def test_mistakes_end_in_one_sentence(argv, word, monkeypatch, capsys):
     assert err.startswith('error: ') and err.count('\n') == 1 and not out
 
 
-def steps(count):
-    """-> weights after some steps of a small model with a GAN from step 4 on, and its log row"""
+def trained(count):
+    """-> a trainer after some steps of a small model with a GAN from step 4 on"""
     options = ['--gan', '0.1', '--gan_start', '4', '--layers', '1,1', '--batch_size', '4']
     config = parse_options(Config, options, '', PRESETS)
     trainer = train.Trainer(config, 10, Process(torch.device('cpu'), torch.float32, False))
@@ -616,7 +617,20 @@ def steps(count):
     for _ in range(count):
         image = torch.randint(256, (4, 3, 32, 32), generator=g, dtype=torch.uint8)
         trainer.train_step(image, torch.randint(10, (4,), generator=g), 1e-3)
+    return trainer
+
+
+def steps(count):
+    """-> its weights, and its log row"""
+    trainer = trained(count)
     return trainer.model.state_dict(), trainer.row()
+
+
+def test_steps_leave_no_graph_behind():
+    """It would grow with every step."""
+    trainer = trained(2)
+    kept = [*trainer.ema.parameters(), trainer.totals, trainer.skipped]
+    assert not any(tensor.requires_grad or tensor.grad_fn for tensor in kept)
 
 
 def test_a_replayed_step_is_a_step(monkeypatch):

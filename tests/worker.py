@@ -1,4 +1,4 @@
-"""What test_train.py runs in one process, and in two by  torchrun ... worker.py FOLDER
+"""What test_processes.py runs in one process, and in two by  torchrun ... worker.py FOLDER
 
 FOLDER/jobs.json is a table: name -> [function below, options of train.py]. Each process saves what
 it gets as FOLDER/NAME.RANK. One start for all jobs, as starting takes longer than any of them.
@@ -66,7 +66,7 @@ def skip(options, process):
 
 if __name__ == '__main__':
     folder, here = sys.argv[1], find_process('cpu')
-    # gloo's threads wait long for Python: see leave_processes
+    # As on a busy machine, where gloo's threads wait long for Python: see leave_processes
     sys.setswitchinterval(20)
     with open(os.path.join(folder, 'jobs.json')) as f:
         jobs = json.load(f)
