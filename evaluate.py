@@ -1109,6 +1109,7 @@ CONVENTIONS = {
     'SSIM': "RGB, gaussian 11 x 11, sigma 1.5, population covariance, torchmetrics' reflect "
             'padding',
     'LPIPS': 'v0.1, VGG16',
+    'std of mu': 'over the images, at each token and channel, then averaged',
     'rate': 'KL(q(x | image) || p(x)), bits per latent dimension; of dequantised pixels: bits per '
             'dimension',
     'centred': 'accuracy of scores less their mean over the n images: fair if classes are equally '
@@ -1120,7 +1121,7 @@ def report(rows, options, seconds):
     """Print the table, what its numbers mean, and a line of JSON (null: can't be computed, or
     infinite)."""
     print(table(rows))
-    names = {name.replace('rFID', 'FID') for row in rows for name in row}
+    names = {name.replace('rFID', 'FID').split(' at ')[0] for row in rows for name in row}
     used = {name: text for name, text in CONVENTIONS.items()
             if name in names or f'random {name}' in names}
     words = ' '.join(names).split()

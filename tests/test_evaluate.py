@@ -604,8 +604,9 @@ def test_tiny_images_lack_what_cannot_be_computed(tiny, capsys):
     ckpt, data = checkpoint_and_images(tiny, image_size=4)
     rows = run(capsys, '--ckpt', ckpt, '--reconstruct', data, '--features', 'random')['rows']
     assert all('PSNR' in row and 'SSIM' not in row for row in rows)
-    row, = run(capsys, '--ckpt', ckpt, '--latents', 1, '--reconstruct', data)['rows']
-    assert 'std of mu' in row and 'spectral entropy' not in row
+    said = run(capsys, '--ckpt', ckpt, '--latents', 1, '--reconstruct', data)
+    assert 'std of mu' in said['rows'][0] and 'spectral entropy' not in said['rows'][0]
+    assert said['conventions'].keys() == {'PSNR', 'std of mu'}
     rows = run(capsys, '--ckpt', ckpt, '--ref', data, '--n', 10, '--cfg', 1,
                '--guidance', 'tarflow')['rows']
     assert rows[0]['FID'] > 0
