@@ -23,7 +23,8 @@ import pytest
 import torch
 
 import data
-from data import UserError, batches, crop, fetch, open_data, pack
+from data import (BatchDataset, Part, UserError, batches, crop, fetch, hold_out, open_data,
+                  pack)
 
 ROOT = os.path.dirname(os.path.abspath(data.__file__))
 
@@ -548,6 +549,37 @@ except data.UserError as e:
     print('refused')
 """], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stdout == 'refused\n'
+
+
+def test_flips_differ_from_step_to_step(shapes):
+    plain, flipped = (torch.cat([step[0] for step in feed(shapes, 0, 16, flip=flip)])
+                      for flip in (False, True))
+    mirrored = (flipped == plain.flip(3)).flatten(1).all(1)
+    assert len({tuple(row) for row in mirrored.view(16, 4).tolist()}) > 4
+
+
+def test_replacements_are_random_and_bring_their_labels(tmp_path):
+    """Of 40 images every other is whole; class i % 4 // 2."""
+    contents = {f'{i % 4 // 2}/{i:02d}.png': png((i, 0, 0))[:None if i % 2 else 50]
+                for i in range(1, 41)}
+    d = open_data(write_folder(tmp_path / 'half', contents))
+    images, labels, broken = BatchDataset(d, 8, 40, 0, False, 0, 1)[0]
+    reds = images[:, 0, 0, 0]
+    assert len(broken) > 20 and (reds % 2 == 1).all() and (reds % 4 // 2 == labels).all()
+    assert np.bincount(reds).max() < 8                             # not one for all
+
+
+def test_a_part_is_a_share_rounded_up_that_flips_as_the_whole(shapes):
+    letters = Part(shapes, np.arange(30))
+    letters.mirror = False
+    parts = hold_out(letters, 0.05)
+    assert [len(part) for part in parts] == [28, 2] and not any(part.mirror for part in parts)
+
+
+def test_a_hundredth_of_the_images_may_be_unreadable():
+    data.refuse_damage(['a'], 6, 600)
+    with pytest.raises(UserError, match='7 of 600'):
+        data.refuse_damage(['a'], 7, 600)
 
 
 # ---------------------------------------------------------------------------------------- downloads

@@ -1,6 +1,7 @@
 """evaluate.py: one property per test. Golden numbers are made by golden_evaluate.py."""
 import dataclasses
 import json
+import math
 import os
 import shutil
 import sys
@@ -275,6 +276,13 @@ def test_psnr_and_ssim_equal_torchmetrics():
     torch.testing.assert_close(evaluate.psnr(a, a), torch.full([3], 100.0))
 
 
+def test_sfid_is_the_distance_of_the_spatial_features():
+    a, b = [summarise(Tiny(), golden.images(seed, 53, 16)) | {'n': 53} for seed in (0, 1)]
+    row = evaluate.compare(a, b, tiny_features(None), HERE)
+    expected = by_sqrtm(a['mu_s'], a['sigma_s'], b['mu_s'], b['sigma_s'])
+    assert row['sFID'] == pytest.approx(expected, rel=1e-6)
+
+
 # ----------------------------------------------------------------------------- files and references
 
 def test_folder_zip_and_npz_give_the_same_numbers(tiny, capsys):
@@ -476,6 +484,21 @@ def test_a_few_unreadable_images_are_replaced_and_named(tiny, capsys):
     pixels[0], pixels[150] = pixels[1], pixels[151]
     expected = run(capsys, save_npz(tiny / 'replaced.npz', pixels), '--ref', ref)['rows'][0]
     assert row['n'] == 200 and row['FID'] == pytest.approx(expected['FID'], rel=1e-9)
+
+
+def test_a_subset_is_a_random_choice_in_order():
+    some = evaluate.subset(1000, 100)
+    assert len(set(some)) == 100 and (np.diff(some) > 0).all() and 400 < some.mean() < 600
+    assert evaluate.subset(5, 0).tolist() == evaluate.subset(5, 9).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_features_of_at_most_so_many_references_are_kept(tiny, monkeypatch):
+    monkeypatch.setattr(evaluate, 'MOST_REFERENCES', 12)
+    path, features = save_npz(tiny / 'r.npz', golden.images(0, 30, 16)), tiny_features(None)
+    for size, kept in (16, 12), (None, 30):                        # of references, of samples
+        source = evaluate.open_source(str(path), 0, size, features, HERE)
+        made = evaluate.source_statistics(source, evaluate.Options(), features, HERE)
+        assert len(made['features']) == kept and made['n'] == 30
 
 
 # ---------------------------------------------------------------------------------------- processes
@@ -700,3 +723,54 @@ def test_grid_statistics_of_known_grids():
     g = torch.Generator().manual_seed(0)
     noise = evaluate.grid_statistics(torch.randn(4, 256, 16, generator=g))
     assert (noise['spectral entropy'] > 0.9).all() and (noise['autocorrelation'].abs() < 0.05).all()
+
+
+def test_rate_and_elbo_by_their_definitions(tiny):
+    trained = evaluate.Trained(*evaluate.load_model(save_checkpoint(tiny / 'ckpt.pt')))
+    flow, image, y = trained.model.flow, torch.rand(2, 3, 16, 16), torch.zeros(2).long()
+    x = torch.randn(2, *flow.shape)
+    batch = evaluate.Encoded(None, None, image, y, x, None, 0.5, None)
+    values = evaluate.likelihood(image + 0.1, batch, evaluate.Options(), HERE, trained)
+    bits = (flow.nll(x, y) - 0.5 - math.log(0.5)) / math.log(2)    # the entropy's log 2 pi cancels
+    torch.testing.assert_close(values['rate'], bits)
+    share = x[0].numel() / image[0].numel()
+    expected = share * bits + evaluate.distortion(image, image + 0.1, 0.1)
+    torch.testing.assert_close(values['ELBO'], expected)
+
+
+def test_std_of_mu_is_over_images(tiny, capsys):
+    ckpt, data = checkpoint_and_images(tiny)
+    row, = run(capsys, '--ckpt', ckpt, '--latents', 1, '--reconstruct', data)['rows']
+    images = torch.from_numpy(np.load(data)['arr_0']).permute(0, 3, 1, 2) / 127.5 - 1
+    std = evaluate.load_model(ckpt)[0].vae.encode(images)[0].std(0).mean().item()
+    assert row['std of mu'] == pytest.approx(std, rel=1e-4)
+
+
+def test_images_of_other_classes_have_no_class(tiny):
+    ckpt, data = checkpoint_and_images(tiny)
+    trained, data = evaluate.Trained(*evaluate.load_model(ckpt)), evaluate.open_data(str(data))
+    batch = next(evaluate.encode(evaluate.Options(), HERE, trained, data, np.arange(10)))
+    assert batch.y.tolist() == [3] * 10
+    trained = trained._replace(class_names=[])
+    assert next(evaluate.encode(evaluate.Options(), HERE, trained, data,
+                                np.arange(10))).y.tolist() == [0] * 10
+
+
+def test_centred_scores_have_lost_what_all_images_share(tiny, capsys, monkeypatch):
+    ckpt, _ = checkpoint_and_images(tiny)
+    for name in 'abc':
+        (tiny / 'images' / name).mkdir(parents=True)
+        for i in range(4):
+            Image.new('RGB', (16, 16)).save(tiny / 'images' / name / f'{i}.png')
+    biased = F.one_hot(torch.arange(3).repeat_interleave(4)) + torch.tensor([5.0, 0, 0])
+    monkeypatch.setattr(evaluate, 'CLASSIFIERS', {'biased': lambda flow, x: biased})
+    row, = run(capsys, '--ckpt', ckpt, '--classify', tiny / 'images')['rows']
+    assert row['accuracy'] == pytest.approx(1 / 3) and row['centred'] == 1
+
+
+def test_an_image_has_noise_of_its_own(tiny):
+    ckpt, data = checkpoint_and_images(tiny)
+    trained, data = evaluate.Trained(*evaluate.load_model(ckpt)), evaluate.open_data(str(data))
+    a, b = [next(evaluate.encode(evaluate.Options(), HERE, trained, data, np.array(index))).noise
+            for index in ([0, 1, 2], [2, 5, 1])]
+    assert torch.equal(a[2], b[0]) and torch.equal(a[1], b[2]) and not torch.equal(a[0], a[1])

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import flow as flow_module
-from flow import GUIDANCE, Block, Decoder, Flow, guide, jacobi_inverse, shift, transposed_weights
+from flow import (GUIDANCE, Block, Decoder, Flow, VPFlow, guide, jacobi_inverse, shift,
+                  transposed_weights)
 from model import Config, PRESETS, with_weights_in
 from sample import Options
 
@@ -317,3 +318,19 @@ def test_bfloat16_keeps_the_affine_map_in_float32(x, y):
         assert z.dtype == logdet.dtype == flow.sample(z, y).dtype == torch.float32
         exact = predict(flow.blocks[0], x, y)[0]
     assert exact.dtype == torch.float32
+
+
+def test_parallel_decoding_waits_for_every_image(monkeypatch):
+    """Noise so large that means hardly matter is known at once, the other image's is not."""
+    monkeypatch.setattr(flow_module, 'JACOBI_IMAGES', 100)
+    torch.manual_seed(0)
+    flow, y = perturbed(VPFlow(16, 64, 64, 2, (2, 2), CLASSES)).eval(), torch.tensor([0, 1])
+    z = torch.randn(2, 64, 16, generator=torch.Generator().manual_seed(3))
+    z[0] *= 1e6
+    assert relative_error(flow.sample(z, y, tol=1e-4)[1:], flow.sample(z, y)[1:]) < 3e-4
+
+
+def test_first_weights_of_a_transformer():
+    t = Flow(4, 64, 256, 2, (1,), classes=500).blocks[0].transformer
+    assert t.pos.std().item() == pytest.approx(0.02, rel=0.1)
+    assert t.classes.weight.std().item() == pytest.approx(1, rel=0.1)

@@ -9,8 +9,9 @@ import torch
 
 from conftest import ROOT
 from data import UserError, parse_options
-from model import (PRESETS, Config, SimFlow, find_process, generator, load_checkpoint, load_model,
-                   sample_images)
+import model as model_module
+from model import (PRESETS, SAMPLE, Config, SimFlow, find_process, from_uint8, generator,
+                   load_checkpoint, load_model, sample_images, to_uint8)
 import vae
 from vae import LPIPS, Discriminator, adaptive_weight, hinge, load_lpips
 
@@ -62,7 +63,10 @@ def test_asking_for_epochs_replaces_a_presets_steps():
     (['--image_size', '30'], '--image_size'), (['--heads', '3'], '--heads'),
     (['--class_drop', '2'], '--class_drop'), (['--l1', '0', '--l2', '0'], '--l1'),
     (['--batch_size', '0'], '--batch_size'), (['--layers', '2,0'], '--layers'),
-    (['--vae_width', '6'], '--vae_width'), (['--gan_width', '6'], '--gan_width')])
+    (['--vae_width', '6'], '--vae_width'), (['--gan_width', '6'], '--gan_width'),
+    (['--gan', '0.1', '--image_size', '16', '--gan_layers', '3'], '--gan_layers'),
+    (['--holdout', '1'], '--holdout'), (['--epochs', '0', '--steps', '0'], '--steps'),
+    (['--batch_size', '6', '--grad_accum', '4'], '--batch_size')])
 def test_mistakes_name_the_option(argv, word):
     with pytest.raises(UserError, match=word):
         parse(*argv).check()
@@ -130,6 +134,31 @@ def test_samples_do_not_depend_on_the_batch_size(cfg, gamma):
         difference = np.abs(images.astype(int) - runs[0])
         assert difference.max() <= 1 and (difference > 0).mean() < 1e-3
     assert runs[0].std() > 0
+
+
+def test_the_decoder_sees_the_noise():
+    model = tiny_model()
+    image, noise = torch.randn(2, 3, 16, 16), torch.randn(2, *model.flow.shape)
+    recon, *_ = model(image, torch.zeros(2).long(), noise)
+    torch.testing.assert_close(recon, model.vae.decode(model.latents(image, noise)[0]))
+
+
+def test_samples_have_a_random_stream_of_their_own(monkeypatch):
+    used = []
+
+    def note(device, stream, *key):
+        used.append(stream)
+        return generator(device, stream, *key)
+
+    monkeypatch.setattr(model_module, 'generator', note)
+    list(sample_images(tiny_model().eval(), torch.zeros(2).long(), 7, find_process('cpu'), 2))
+    assert used == [SAMPLE] * 2
+
+
+def test_bytes_come_back_and_are_rounded():
+    levels = torch.arange(256).byte().view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    assert np.array_equal(to_uint8(from_uint8(levels)), levels.permute(0, 2, 3, 1))
+    assert to_uint8(torch.full((1, 3, 1, 1), 0.999)).tolist() == [[[[255] * 3]]]
 
 
 # ------------------------------------------------------------------------------------------- losses

@@ -1,5 +1,6 @@
 """The same numbers however they are computed: by one process or two, in micro-batches, recomputed,
 compiled."""
+import copy
 import json
 import os
 
@@ -8,10 +9,11 @@ import torch
 
 from conftest import ROOT
 from data import parse_options
-from model import PRESETS, Config, find_process
+from model import PRESETS, Config, find_process, from_uint8
 from test_train import TINY, read_log, run, same, torchrun
 import train
-from worker import gradients
+from vae import LPIPS, hinge
+from worker import gradients, make
 
 
 def small(*extra):
@@ -137,3 +139,59 @@ def test_a_step_that_is_not_finite_in_one_process_is_left_out_in_all(two_process
         assert not left_out.pop('broken').any()
         assert same(skipped, left_out)
         assert all(value.isfinite().all() for value in skipped['model'].values())
+
+
+def test_gradients_are_those_of_the_printed_loss():
+    """Differentiated at once: rec + nll - gan * logits of the reconstruction; the hinge."""
+    fast = gradients(small())
+    trainer, image, y = make(small(), find_process('cpu'))
+    c, model, disc, image = trainer.config, trainer.model, trainer.disc, from_uint8(image)
+    noise, y = train.draw_noise(c, 10, 0, y, trainer.process)
+    recon, nll, *_ = model(image, y, noise)
+    loss = c.l1 * (recon - image).abs().mean() + c.l2 * (recon - image).square().mean()
+    (loss + nll.mean() - c.gan * disc(recon).mean()).backward()
+    disc.zero_grad()
+    hinge(disc(image), disc(recon.detach())).backward()
+    assert_same_gradients(fast, {f'{part}.{name}': p.grad for part in ('model', 'disc')
+                                 for name, p in getattr(trainer, part).named_parameters()})
+
+
+def test_the_adaptive_weight_is_the_ratio_at_the_last_layer():
+    trainer, image, y = make([*TINY, '--gan_adaptive', '1', '--grad_accum', '1'],
+                             find_process('cpu'))
+    c, model, image = trainer.config, trainer.model, from_uint8(image)
+    noise, y = train.draw_noise(c, 10, 0, y, trainer.process)
+    trainer.adversarial = True
+    weight = trainer.backward(image, y, noise)['d_weight']
+    recon, *_ = model(image, y, noise)
+    rec = c.l1 * (recon - image).abs().mean() + c.l2 * (recon - image).square().mean()
+    pulls = [torch.autograd.grad(loss, model.vae.conv_out.weight, retain_graph=True)[0].norm()
+             for loss in (rec, trainer.disc(recon).mean())]
+    assert weight.item() == pytest.approx((c.gan * pulls[0] / (pulls[1] + 1e-4)).item(), rel=1e-3)
+
+
+def test_lpips_reaches_the_decoder():
+    """It is differentiable in its first argument only."""
+    lpips = LPIPS()
+    for head in lpips.heads:
+        head.data.fill_(1)
+    argv = '--gan 0 --l1 0 --l2 0 --rate 0 --lpips 1'.split()
+    config = parse_options(Config, TINY + argv, '', PRESETS)
+    trainer = train.Trainer(config, 10, find_process('cpu'), lpips)
+    trainer.backward(torch.rand(8, 3, 16, 16), torch.zeros(8).long(), torch.zeros(8, 16, 4))
+    assert trainer.model.vae.conv_out.weight.grad.abs().sum() > 0
+
+
+def test_gradients_are_clipped():
+    trainer, image, y = make(small('--clip', '1e-3'), find_process('cpu'))
+    trainer.train_step(image, y, lr=0.0)
+    for net, name in (trainer.model, 'grad_norm'), (trainer.disc, 'd_grad_norm'):
+        norm = torch.stack([p.grad.norm() for p in net.parameters()]).norm()
+        assert norm < 1.01e-3 < trainer.totals[trainer.names.index(name)]
+
+
+def test_a_rate_of_zero_moves_nothing():
+    trainer, image, y = make(small('--optimizer', 'muon', '--vae_width', '20'), find_process('cpu'))
+    before = copy.deepcopy(trainer.model.state_dict())
+    trainer.train_step(image, y, lr=0.0)
+    assert 'muon' in trainer.opts and same(before, trainer.model.state_dict())

@@ -8,8 +8,8 @@ import torch
 
 from data import UserError, batches, open_data
 from flow import GUIDANCE, Flow, SiT, VPFlow, extrapolate
-from model import (NOISE, PRESETS, Aligned, Config, SimFlow, alignment, features, from_uint8,
-                   generative_pass, load_model)
+from model import (NOISE, PRESETS, Aligned, Config, SimFlow, alignment, features, find_process,
+                   from_uint8, generative_pass, load_model)
 import sample
 from test_flow import B, CLASSES, D, T, perturbed, predict, small_flow
 from test_train import read_log, same
@@ -235,6 +235,22 @@ def test_latents_are_divided_by_their_std(tmp_path, capsys):
         del state[part]['vae.std']                                 # as before there was one
     torch.save(state, tmp_path / 'old.pt')
     assert load_model(tmp_path / 'old.pt')[0].vae.std == 1
+
+
+def test_the_std_of_latents_divides_all_but_the_added_noise():
+    codec, image = SimFlow(config('learned_noise'), 3).vae, torch.randn(2, 3, 16, 16)
+    before = codec.encode(image)[1] ** 2 - 0.5 ** 2
+    codec.std.fill_(4.0)
+    torch.testing.assert_close((codec.encode(image)[1] ** 2 - 0.5 ** 2) * 16, before)
+
+
+def test_the_std_of_latents_is_measured_without_the_added_noise():
+    trainer = train.Trainer(config('learned_noise'), 3, find_process('cpu'))
+    image = torch.randint(256, (8, 3, 16, 16), dtype=torch.uint8)
+    mu, sigma = trainer.model.vae.encode(from_uint8(image))
+    expected = (mu.var(correction=0) + (sigma ** 2 - 0.5 ** 2).mean()).sqrt()
+    trainer.measure_std(image)
+    assert trainer.ema.vae.std.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 # ------------------------------------------------------------------------------------------- pixels
@@ -470,6 +486,13 @@ def test_weights_of_classes_are_classes():
     one_hot = torch.eye(CLASSES + 1)[[0, 3]]
     for a, b in zip(flow(X[:2], one_hot), flow(X[:2], Y[:2])):
         torch.testing.assert_close(a, b)
+
+
+def test_features_are_those_after_so_many_layers():
+    block, seen = small_flow((3, 3)).blocks[0], []
+    block.transformer.layers[1].register_forward_hook(lambda *args: seen.append(args[2]))
+    block(X, Y)
+    torch.testing.assert_close(features(block, X, Y, 2), seen[0])
 
 
 # ---------------------------------------------------------------------------------------- diffusion

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image
@@ -20,8 +21,8 @@ import torch
 from conftest import ROOT
 from data import Part, UserError, batches, cli, hold_out, open_data, parse_options
 from memory import predict_memory
-from model import (PRESETS, RECON, Config, Process, SimFlow, from_uint8, generator,
-                   load_model)
+from model import (PRESETS, RECON, Config, Process, SimFlow, find_process, from_uint8, generator,
+                   load_model, sample_images)
 import train
 from vae import LPIPS, Discriminator
 
@@ -381,6 +382,34 @@ def test_ema_is_warmed_up_and_is_the_recursion(tmp_path):
         torch.testing.assert_close(state['ema'][name], ema)
 
 
+def test_warm_up():
+    rates = [train.learning_rate(Config(warmup=4), step, 1000) for step in range(6)]
+    assert rates == pytest.approx([0.25e-4, 0.5e-4, 0.75e-4, 1e-4, 1e-4, 1e-4])
+
+
+def test_the_adversary_starts_at_its_step(tmp_path):
+    train.main([*TINY, '--gan_start', '2', '--steps', '4', '--log_interval', '1',
+                '--sample_interval', '0', '--out', str(tmp_path)])
+    assert [float(row['d_loss']) > 0 for row in read_log(tmp_path)] == [False, False, True, True]
+
+
+def test_as_many_classes_are_dropped_as_asked():
+    argv = '--batch_size 4000 --class_drop 0.2 --image_size 8 --device cpu'.split()
+    config, y = parse_options(Config, argv, '', PRESETS), torch.arange(4000) % 10
+    _, kept = train.draw_noise(config, 10, 0, y, find_process('cpu'))
+    assert 0.17 < (kept == 10).float().mean() < 0.23
+    assert torch.equal(kept[kept < 10], y[kept < 10])
+
+
+def test_every_step_has_random_numbers_of_its_own():
+    config, draws = parse_options(Config, TINY, '', PRESETS), []
+    for seed, step in (0, 0), (0, 1), (1, 0), (0, 0):
+        noise, _ = train.draw_noise(dataclasses.replace(config, seed=seed), 10, step,
+                                    torch.zeros(8).long(), find_process('cpu'))
+        draws.append((noise.sum().item(), torch.rand(()).item()))  # the latter is diffusion's
+    assert draws[0] == draws[3] and all(len(set(column)) == 3 for column in zip(*draws))
+
+
 # --------------------------------------------------------------------------------------------- Muon
 
 def slow_muon(weight, grads, parts, lr):
@@ -504,6 +533,34 @@ def test_what_held_out_images_say(tmp_path):
     assert Image.open(tmp_path / 'log.png').size == (1440, 1440)      # six panels, by two
 
 
+def test_no_image_that_is_held_out_is_trained_on(tmp_path, monkeypatch):
+    parts, feed = [], train.training_batches
+    monkeypatch.setattr(train, 'training_batches', lambda trainer, data, last:
+                        parts.append(data) or feed(trainer, data, last))
+    train.main([*TINY, '--holdout', '0.001', '--steps', '1', '--sample_interval', '0',
+                '--out', str(tmp_path)])
+    held = hold_out(open_data('shapes'), 0.001)[1]
+    assert len(parts[0]) == 99_900 and not set(parts[0].index) & set(held.index)
+
+
+def test_another_holdout_is_another_run(tmp_path):
+    """Else images that were trained on would be measured on."""
+    options = TINY + ['--steps', '1', '--sample_interval', '0', '--out', str(tmp_path)]
+    train.main(options)
+    with pytest.raises(UserError, match='--holdout 0.0'):
+        train.main([*options, '--holdout', '0.1'])
+
+
+def test_flip_wins_over_what_the_data_allow(monkeypatch):
+    monkeypatch.setattr(train, 'batches', lambda *args: args[4])
+
+    def asked(flip, mirror):
+        trainer = SimpleNamespace(config=Config(flip=flip), step=0, process=find_process('cpu'))
+        return train.training_batches(trainer, SimpleNamespace(mirror=mirror), 1)
+    cases = (None, True), (None, False), (False, True), (True, False)
+    assert [asked(*case) for case in cases] == [True, False, False, True]
+
+
 # -------------------------------------------------------------------------------- files and options
 
 def test_what_a_run_leaves(tmp_path):
@@ -624,6 +681,23 @@ def steps(count):
     """-> its weights, and its log row"""
     trainer = trained(count)
     return trainer.model.state_dict(), trainer.row()
+
+
+def test_betas_of_the_discriminator():
+    config = parse_options(Config, TINY + ['--gan_beta1', '0.5', '--gan_beta2', '0.9'], '', PRESETS)
+    trainer = train.Trainer(config, 10, find_process('cpu'))
+    assert trainer.disc_opt.param_groups[0]['betas'] == (0.5, 0.9)
+
+
+def test_pictures_are_of_the_average_a_class_per_row(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(train, 'sample_images', lambda model, labels, *rest:
+                        drawn.append((model, labels)) or sample_images(model, labels, *rest))
+    train.main([*TINY, '--steps', '2', '--sample_interval', '2', '--out', str(tmp_path)])
+    model, labels = drawn[0]
+    ema = torch.load(tmp_path / 'ckpt.pt', weights_only=True)['ema']
+    assert all(torch.equal(value, ema[name]) for name, value in model.state_dict().items())
+    assert labels.view(10, 8).T.tolist() == 8 * [list(range(10))]
 
 
 def test_steps_leave_no_graph_behind():

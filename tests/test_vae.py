@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vae import VAE, Discriminator, Downsample
+from vae import LPIPS, VAE, Discriminator, Downsample, GroupNorm, ResBlock, SelfAttention
 
 SMALL = dict(width=16, mults=(1, 2), patch=2, latent_dim=8, sigma=0.5)
 
@@ -85,3 +85,43 @@ def test_gradient_checkpointing_changes_nothing():
         vae.decode(vae.encode(images)[0]).square().mean().backward()
         grads.append([p.grad.clone() for p in vae.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+def test_a_residual_block_by_its_definition():
+    block, h = ResBlock(8, 16), 1e-3 * torch.randn(2, 8, 4, 4)     # as small as eps is
+    torch.nn.init.normal_(block.conv2.weight)
+
+    def swish(n, h):
+        return F.silu(F.group_norm(h, n.num_groups, n.weight, n.bias, eps=1e-6))
+
+    r = block.conv2(swish(block.norm2, block.conv1(swish(block.norm1, h))))
+    torch.testing.assert_close(block(h), block.skip(h) + r)
+
+
+def test_attention_of_the_vae_by_its_definition():
+    attention, h = SelfAttention(8), torch.randn(2, 8, 3, 3)
+    torch.nn.init.normal_(attention.proj.weight)
+    q, k, v = attention.qkv(attention.norm(h)).flatten(2).chunk(3, dim=1)      # (2, 8, 9)
+    weights = (q.mT @ k / 8 ** 0.5).softmax(-1)                    # (2, 9 queries, 9 keys)
+    r = attention.proj((v @ weights.mT).view_as(h))
+    torch.testing.assert_close(attention(h), h + r)
+
+
+def test_slope_of_the_discriminator():
+    slopes = [m.negative_slope for m in Discriminator(8, 3) if isinstance(m, torch.nn.LeakyReLU)]
+    assert slopes == [0.2] * 4
+
+
+def test_latents_and_features_stay_float32_under_autocast():
+    image, net = torch.rand(2, 3, 16, 16), VAE(**SMALL | dict(layer_norm=False))
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+        mu, _ = net.encode(image)
+        tensors = [mu, net.decode(mu), *LPIPS().directions(image)]
+    assert all(t.dtype == torch.float32 for t in tensors)
+
+
+def test_compiled_group_norm_has_statistics_in_float32(monkeypatch):
+    monkeypatch.setattr(torch.compiler, 'is_compiling', lambda: True)
+    norm, h = GroupNorm(2, 8), (30 + torch.randn(2, 8, 16, 16)).bfloat16()
+    expected = F.group_norm(h.float(), 2, norm.weight, norm.bias, norm.eps)
+    torch.testing.assert_close(norm(h).float(), expected, rtol=0, atol=0.02)
