@@ -613,6 +613,15 @@ def test_reconstruct_reports_both_readings(tiny, capsys, monkeypatch):
     assert noisy['rate'] > 0 and noisy['ELBO'] > 0 and 'rate' not in clean
 
 
+def test_the_clean_reading_decodes_the_mean(tiny, capsys, monkeypatch):
+    ckpt, data = checkpoint_and_images(tiny)
+    decoded, decode = [], evaluate.decode
+    monkeypatch.setattr(evaluate, 'decode', lambda x, *rest: decoded.append(x) or decode(x, *rest))
+    run(capsys, '--ckpt', ckpt, '--reconstruct', data, '--features', 'random')
+    image = 2 * evaluate.zero_to_one(np.load(data)['arr_0']) - 1
+    torch.testing.assert_close(decoded[1], evaluate.load_model(ckpt)[0].vae.encode(image)[0])
+
+
 def test_reconstructions_are_compared_with_their_originals(tiny, capsys, monkeypatch):
     """Also where the file has statistics of other images."""
     monkeypatch.setattr(evaluate, 'load_lpips', Distance)

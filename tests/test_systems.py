@@ -391,6 +391,21 @@ def test_bits_a_dimension_of_a_new_flow_are_a_gaussians():
     assert torch.equal(back, levels)
 
 
+def test_squares_of_micro_batches_are_averaged():
+    flow = VPFlow(D, T, 16, 2, (1, 1), CLASSES)
+    one, two = [flow(scale * X, Y)[0].square().mean(0) for scale in (1, 2)]
+    flow.track(lambda values: None, torch.tensor(0.0))
+    torch.testing.assert_close(flow.variance, 0.9 + 0.1 * (one + two) / 2)
+
+
+def test_squares_are_kept_in_training_alone():
+    flow = VPFlow(D, T, 16, 2, (1, 1), CLASSES).eval()
+    flow.score(X, Y)
+    assert not flow.squares
+    flow.train()(X, Y)
+    assert len(flow.squares) == 1
+
+
 # ---------------------------------------------------------------------------------------- alignment
 
 @pytest.mark.parametrize('block', [1, 2])
@@ -557,6 +572,12 @@ def test_diffusion_models_of_before_are_refused(tmp_path):
     torch.save(state, tmp_path / 'ckpt.pt')
     with pytest.raises(UserError, match='earlier version'):
         load_model(tmp_path / 'ckpt.pt')
+
+
+def test_gelu_is_exact_but_in_sit():
+    flow, sit = Flow(D, 9, 16, 2, (1,), CLASSES), SiT(D, 9, 16, 2, (1,), CLASSES)
+    assert flow.blocks[0].transformer.layers[0].mlp[1].approximate == 'none'
+    assert sit.layers[0].mlp[1].approximate == 'tanh'
 
 
 # -------------------------------------------------------------------------------------- all presets
