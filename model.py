@@ -305,12 +305,11 @@ TARFLOW = NANO | PIXEL_FLOW | dict(latent_dim=48, sigma=0.05, layers=(2, 2, 2, 2
 TAR = PIXEL_FLOW | dict(layers=8 * (8,), width=768, heads=12, constant=0.0, ema=0.0, clip=1e9)
 PRESETS = {
     'nano': NANO,
-    # A quarter of an hour on one GPU, by its rates in RESULTS.md, which shows three minutes.
+    # A quarter of an hour on one GPU, by its rates in RESULTS.md, which shows three minutes of it.
     'cifar': NANO | dict(data='cifar10', width=512, heads=8, layers=(2, 2, 2, 2, 2, 8), l1=0.0,
                          l2=100.0, vae_width=128, vae_mults=(1, 2), vae_patch=2, batch_size=256,
-                         steps=12000, optimizer='adamw', lr=4e-4, lr_end=4e-6, warmup=300,
-                         ema=0.9995, workers=8, log_interval=100, save_interval=1000,
-                         sample_interval=1000),
+                         steps=12000, lr=8e-4, lr_end=8e-6, warmup=300, ema=0.9995,
+                         workers=8, log_interval=100, save_interval=1000, sample_interval=1000),
     # The paper compares sizes after its stage I; XXL alone goes through both (Tables 1 and 5).
     'S': STAGE_ONE | dict(width=384, heads=6, layers=(2, 2, 2, 2, 2, 2)),
     'B': STAGE_ONE | dict(width=768, heads=12, layers=(2, 2, 2, 2, 2, 2)),
