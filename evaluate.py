@@ -616,8 +616,8 @@ def open_images(path, limit, process):
         process.print(f'{path}: {note}')
     index, least = subset(len(data), limit), max(SPLITS, process.world)
     if len(index) < least:
-        raise UserError(f'{path} has {len(data)} images, of which {len(index)} are asked for; the '
-                        f'numbers need {least} or more')
+        raise UserError(f'{len(index)} images of {path} are too few; the numbers need {least} or '
+                        'more')
     process.print(f'{path}: {len(index):,} of {len(data):,} images')
     return data, index
 
