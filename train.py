@@ -908,7 +908,7 @@ def train(config, data, process):
                 save(trainer, data)
             if draws or ends and config.sample_interval:
                 save_pictures(trainer, data, log)
-                meter.reset()                                      # nor is validation training
+                meter.reset()                                      # neither this nor validation trains
     return stopped
 
 
