@@ -908,7 +908,7 @@ def train(config, data, process):
                 save(trainer, data)
             if draws or ends and config.sample_interval:
                 save_pictures(trainer, data, log)
-                meter.reset()                                      # neither this nor validation trains
+                meter.reset()                                      # this, and validation, took time
     return stopped
 
 
