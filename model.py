@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import DAMAGED, UserError, fetch, option, refuse_negative, whole
-from flow import GUIDANCE, Flow, SiT, TARFlow, TARVPFlow, VPFlow, shift
+from flow import GUIDANCE, Flow, Layer, SiT, TARFlow, TARVPFlow, VPFlow, shift
 from vae import LearnedVAE, Pixels, VAE
 
 
@@ -777,6 +777,40 @@ def with_weights_in(dtype, model):
         if isinstance(module, (nn.Linear, nn.Conv2d)) and not name.endswith('proj_out'):
             module.to(dtype)
     return model
+
+
+# So many images make up for half a minute that compiling may take.
+COMPILE_IMAGES = 1000
+
+
+def ready_to_sample(model, process, images, compile=None):
+    """-> the model on the process's device, weights in its dtype; compiled, if asked to be or, on a
+    GPU, if that pays for so many images. UserError if it is asked for and can't be."""
+    model = with_weights_in(process.dtype, model.to(process.device))
+    if not process.compile or not (compile or images >= COMPILE_IMAGES):
+        return model
+    if can_compile(process, compile):
+        parts = [module for module in model.flow.modules() if isinstance(module, Layer)]
+        if isinstance(model.vae, VAE):
+            parts.append(model.vae.decoder)
+        for part in parts:                                         # one graph for all sizes
+            part.compile(dynamic=True)
+    return model
+
+
+def can_compile(process, asked):
+    """Does torch.compile work here? It needs a C compiler, and on GPUs Triton. If not, a UserError
+    if it was asked for, else a line that says so."""
+    try:
+        torch.compile(torch.sin)(torch.zeros(1, device=process.device))
+        return True
+    except Exception as e:                                         # of many kinds and packages
+        lines = [line for line in str(e).splitlines() if line.strip()]
+        text = f'torch.compile does not work here ({lines[0] if lines else type(e).__name__})'
+        if asked:
+            raise UserError(f'{text}; leave --compile away')
+        process.print(f'{text}; going on without it, more slowly')
+        return False
 
 
 TOL = 1e-3                                                         # of --decode jacobi

@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from data import UserError, cli, option, parse_options, refuse_negative, whole
 from flow import JACOBI_IMAGES, jacobi_is_slower
-from model import (TOL, check_sampling, export, find_process, grid, load_model, note_on_guidance,
-                   sample_images, tolerance, with_weights_in)
+from model import (COMPILE_IMAGES, TOL, check_sampling, export, find_process, grid, load_model,
+                   note_on_guidance, ready_to_sample, sample_images, tolerance)
 
 
 @dataclass
@@ -49,6 +49,8 @@ class Options:
                           'default: grid.png beside --ckpt')
     device: str = option('', 'cuda, mps, cpu; default: the best there is')
     dtype: str = option('', 'float32 or bfloat16 (autocast); default: bfloat16 if the GPU has it')
+    compile: bool | None = option(None, 'torch.compile; default: on CUDA GPUs, for '
+                                        f'{COMPILE_IMAGES:,} images or more')
 
     def check(self):
         """Raise UserError for values that make no sense."""
@@ -159,7 +161,8 @@ def progress(batches, total, quiet):
 def main(argv):
     options = parse_options(Options, argv, 'Make images with a trained SimFlow.')
     options.check()
-    process, n = find_process(options.device, options.dtype), options.num_samples
+    process = find_process(options.device, options.dtype, options.compile)
+    n = options.num_samples
     if options.export:
         return process.on_rank_0(export, options.ckpt, options.export)
     model, config, class_names = load_model(options.ckpt)
@@ -180,7 +183,7 @@ def main(argv):
     if path.endswith('.npz'):
         order = np.random.default_rng(options.seed).permutation(n)
     labels = chosen[torch.arange(n) % len(chosen)]
-    model = with_weights_in(process.dtype, model.to(process.device))
+    model = ready_to_sample(model, process, n, options.compile)
     batches = sample_images(model, labels, options.seed, process, options.batch_size,
                             options.cfg, options.gamma, order, guidance=options.guidance, tol=tol,
                             denoise=options.denoise)

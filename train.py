@@ -30,8 +30,9 @@ from data import (BatchDataset, Unreadable, UserError, batches, cli, held_out, h
                   open_data, parse_options, show, whole)
 from flow import Layer, SiT, VPFlow
 from model import (DIFFUSION, PRESETS, RECON, TRAIN, Aligned, Config, SimFlow, alignment,
-                   find_process, from_uint8, generator, grid, load_checkpoint, load_teacher,
-                   mix_seed, plot, psnr, resample_grid, sample_images, to_uint8, with_weights_in)
+                   can_compile, find_process, from_uint8, generator, grid, load_checkpoint,
+                   load_teacher, mix_seed, plot, psnr, resample_grid, sample_images, to_uint8,
+                   with_weights_in)
 from vae import VAE, Discriminator, adaptive_weight, hinge, load_lpips
 
 try:
@@ -927,21 +928,6 @@ def initialise(trainer, data):
         image, *_ = next(batches(data, c.image_size, c.batch_size, c.seed, flip=False, start=0,
                                  steps=1, rank=process.rank, world=process.world))
         trainer.measure_std(image)
-
-
-def can_compile(process, asked):
-    """Does torch.compile work here? It needs a C compiler, and on GPUs Triton. If not, a UserError
-    if it was asked for, else a line that says so."""
-    try:
-        torch.compile(torch.sin)(torch.zeros(1, device=process.device))
-        return True
-    except Exception as e:                                         # of many kinds and packages
-        lines = [line for line in str(e).splitlines() if line.strip()]
-        text = f'torch.compile does not work here ({lines[0] if lines else type(e).__name__})'
-        if asked:
-            raise UserError(f'{text}; leave --compile away')
-        process.print(f'{text}; training without it, more slowly')
-        return False
 
 
 def main(argv):

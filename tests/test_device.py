@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from data import UserError
 import evaluate
+import model
 from model import PRESETS, Config, Process, find_process
 import train
 from vae import LPIPS, VAE, Discriminator
@@ -135,9 +136,9 @@ def test_without_a_compiler_training_is_eager(monkeypatch, capsys, asked):
     if asked:
         message = r'does not work here \(Failed to find C compiler.\); leave --compile away'
         with pytest.raises(UserError, match=message):
-            train.can_compile(process, asked)
+            model.can_compile(process, asked)
     else:
-        assert not train.can_compile(process, asked)
+        assert not model.can_compile(process, asked)
         assert 'Failed to find C compiler' in capsys.readouterr().out
 
 

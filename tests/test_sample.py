@@ -4,6 +4,7 @@ import os
 import numpy as np
 from PIL import Image
 import pytest
+import torch
 
 import sample
 from test_train import TINY, python, run, torchrun
@@ -49,6 +50,24 @@ def test_parallel_decoding_makes_the_same_images(ckpt, tmp_path):
     one, two = (npz(ckpt, tmp_path / 'a.npz', *options, how)['arr_0'].astype(int)
                 for how in ('sequential', 'jacobi'))
     assert np.abs(one - two).max() <= 1
+
+
+def test_compiled_networks_make_the_same_images(ckpt, tmp_path, monkeypatch):
+    """What torch.compile is given for sampling, traced, and run without generated code."""
+    graphs, compile = [], torch.nn.Module.compile
+
+    def backend(graph, inputs):
+        graphs.append({str(node.target) for node in graph.graph.nodes})
+        return graph.forward
+
+    monkeypatch.setattr(torch.nn.Module, 'compile',
+                        lambda self, **how: compile(self, backend=backend, **how))
+    options = ['--n', '40', '--cfg', '2', '--gamma', '0.25', '--compile']
+    one, two = (npz(ckpt, tmp_path / 'a.npz', *options, asked)['arr_0'].astype(int)
+                for asked in '01')
+    assert np.abs(one - two).max() <= 1
+    assert any('softmax' in graph for graph in graphs)             # attention of one query
+    assert any('conv2d' in name for graph in graphs for name in graph)         # the decoder
 
 
 def test_averaged_weights_alone_are_enough(ckpt, tmp_path, capsys):
