@@ -50,7 +50,7 @@ class Options:
     device: str = option('', 'cuda, mps, cpu; default: the best there is')
     dtype: str = option('', 'float32 or bfloat16 (autocast); default: bfloat16 if the GPU has it')
     compile: bool | None = option(None, 'torch.compile; default: on CUDA GPUs, for '
-                                        f'{COMPILE_IMAGES:,} images or more')
+                                        f'{COMPILE_IMAGES:,} images per process or more')
 
     def check(self):
         """Raise UserError for values that make no sense."""
