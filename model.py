@@ -92,9 +92,9 @@ class SimFlow(nn.Module):
         return self.decode(x).clamp(-1, 1)
 
     def decode(self, x):
-        """(B, T, D) -> (B, 3, H, W), as many images at once as fit"""
-        size = max(1, DECODE_PIXELS // self.image_size ** 2)
-        return torch.cat([self.vae.decode(part) for part in x.split(size)])
+        """(B, T, D) -> (B, 3, H, W), as many images at once as fit, in parts of one size"""
+        parts = math.ceil(len(x) * self.image_size ** 2 / DECODE_PIXELS)
+        return torch.cat([self.vae.decode(part) for part in x.chunk(parts)])
 
 
 # Of the images that are decoded at once: 64 of 256 pixels, whose feature maps take about 10 GB.
@@ -791,11 +791,11 @@ def ready_to_sample(model, process, images, compile=None):
     if not process.compile or not (compile or many):
         return model
     if can_compile(process, compile):
-        parts = [module for module in model.flow.modules() if isinstance(module, Layer)]
+        for module in model.flow.modules():
+            if isinstance(module, Layer):
+                module.compile(dynamic=True)                       # lengths and batches change
         if isinstance(model.vae, VAE):
-            parts.append(model.vae.decoder)
-        for part in parts:                                         # one graph for all sizes
-            part.compile(dynamic=True)
+            model.vae.decoder.compile()
     return model
 
 
