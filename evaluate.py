@@ -31,7 +31,8 @@ from tqdm import tqdm
 from data import (Unreadable, UserError, cli, crop, fetch, hexdigest, open_data, option,
                   parse_options, refuse_damage, refuse_damaged, refuse_negative, whole)
 from model import (RECON, TOL, check_sampling, find_process, generator, grid, load_model,
-                   note_on_guidance, plot, psnr, ready_to_sample, sample_images, to_uint8, tolerance)
+                   note_on_guidance, plot, psnr, ready_to_sample, sample_images, to_uint8,
+                   tolerance)
 from vae import load_lpips
 
 SPLITS = 10                                # of the Inception score, and thus the fewest images

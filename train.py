@@ -901,7 +901,7 @@ def train(config, data, process):
             stopped = process.max(interrupt.signal)
             done, ends = trainer.step == steps, trainer.step == last
             draws = is_due(config.sample_interval, trainer.step)
-            validates = len(held) > 0 and (draws or done)
+            validates = len(held) > 0 and (done or draws and not stopped)
             if validates or done or is_due(config.log_interval, trainer.step):
                 write_row(trainer, log, meter, lr, steps, held if validates else None)
             # Before the pictures, as a kill may follow the signal.

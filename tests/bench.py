@@ -462,6 +462,7 @@ def section_sample_sizes(machine, args):
             model = SimFlow(c, CLASSES).requires_grad_(False).eval()
         wake(model.flow)
         process = dataclasses.replace(machine.process, compile=compile)
+        torch.compiler.reset()                                     # few graphs of a function fit
         model = ready_to_sample(model, process, 1, compile)
         for batch in SIZES[size][1]:
             z, y = machine.randn(batch, *model.flow.shape), machine.labels(batch)
