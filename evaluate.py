@@ -31,8 +31,8 @@ from tqdm import tqdm
 from data import (Unreadable, UserError, cli, crop, fetch, hexdigest, open_data, option,
                   parse_options, refuse_damage, refuse_damaged, refuse_negative, whole)
 from model import (RECON, TOL, check_sampling, find_process, generator, grid, load_model,
-                   note_on_guidance, plot, psnr, ready_to_sample, sample_images, to_uint8,
-                   tolerance)
+                   note_on_guidance, plot, psnr, sample_images, to_uint8, tolerance,
+                   with_weights_in)
 from vae import load_lpips
 
 SPLITS = 10                                # of the Inception score, and thus the fewest images
@@ -804,9 +804,8 @@ def compare_generated(options, process, trained):
                             any(options.gamma), options.guidance)
     if note:
         process.print(note)
+    trained = trained._replace(model=with_weights_in(process.dtype, trained.model))
     features, n = load_features(options, process), options.num_samples
-    images = n * len(options.cfg) * len(options.gamma)
-    trained = trained._replace(model=ready_to_sample(trained.model, process, images))
     reference = open_source(options.ref, options.ref_n, trained.config.image_size, features,
                             process)
     ref = source_statistics(reference, options, features, process)

@@ -779,18 +779,11 @@ def with_weights_in(dtype, model):
     return model
 
 
-# So many images, of one process, make up for the minute that compiling may take.
-COMPILE_IMAGES = 20_000
-
-
-def ready_to_sample(model, process, images, compile=None):
-    """-> the model on the process's device, weights in its dtype; compiled, if asked to be or, on a
-    GPU, if that pays for so many images. UserError if it is asked for and can't be."""
+def ready_to_sample(model, process):
+    """-> the model on the process's device, weights in its dtype; compiled, if the process says so.
+    UserError if it can't be."""
     model = with_weights_in(process.dtype, model.to(process.device))
-    many = images >= COMPILE_IMAGES * process.world
-    if not process.compile or not (compile or many):
-        return model
-    if can_compile(process, compile):
+    if process.compile and can_compile(process, asked=True):
         for module in model.flow.modules():
             if isinstance(module, Layer):
                 module.compile(dynamic=True)                       # lengths and batches change

@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from data import UserError, cli, option, parse_options, refuse_negative, whole
 from flow import JACOBI_IMAGES, jacobi_is_slower
-from model import (COMPILE_IMAGES, TOL, check_sampling, export, find_process, grid, load_model,
-                   note_on_guidance, ready_to_sample, sample_images, tolerance)
+from model import (TOL, check_sampling, export, find_process, grid, load_model, note_on_guidance,
+                   ready_to_sample, sample_images, tolerance)
 
 
 @dataclass
@@ -49,8 +49,8 @@ class Options:
                           'default: grid.png beside --ckpt')
     device: str = option('', 'cuda, mps, cpu; default: the best there is')
     dtype: str = option('', 'float32 or bfloat16 (autocast); default: bfloat16 if the GPU has it')
-    compile: bool | None = option(None, 'torch.compile; default: on CUDA GPUs, for '
-                                        f'{COMPILE_IMAGES:,} images per process or more')
+    compile: bool = option(False, 'torch.compile, which takes a minute: for tens of thousands of '
+                                  'images on a GPU')
 
     def check(self):
         """Raise UserError for values that make no sense."""
@@ -183,7 +183,7 @@ def main(argv):
     if path.endswith('.npz'):
         order = np.random.default_rng(options.seed).permutation(n)
     labels = chosen[torch.arange(n) % len(chosen)]
-    model = ready_to_sample(model, process, n, options.compile)
+    model = ready_to_sample(model, process)
     batches = sample_images(model, labels, options.seed, process, options.batch_size,
                             options.cfg, options.gamma, order, guidance=options.guidance, tol=tol,
                             denoise=options.denoise)

@@ -463,7 +463,7 @@ def section_sample_sizes(machine, args):
         wake(model.flow)
         process = dataclasses.replace(machine.process, compile=compile)
         torch.compiler.reset()                                     # few graphs of a function fit
-        model = ready_to_sample(model, process, 1, compile)
+        model = ready_to_sample(model, process)
         for batch in SIZES[size][1]:
             z, y = machine.randn(batch, *model.flow.shape), machine.labels(batch)
             steps = [(0.25, y), (-0.25, torch.full_like(y, CLASSES))]
