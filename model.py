@@ -92,7 +92,8 @@ class SimFlow(nn.Module):
         return self.decode(x).clamp(-1, 1)
 
     def decode(self, x):
-        """(B, T, D) -> (B, 3, H, W), as many images at once as fit, in parts of one size"""
+        """(B, T, D) -> (B, 3, H, W), as many images at once as fit; all parts about as large, since
+        a compiled decoder compiles for every size"""
         parts = math.ceil(len(x) * self.image_size ** 2 / DECODE_PIXELS)
         return torch.cat([self.vae.decode(part) for part in x.chunk(parts)])
 

@@ -901,10 +901,11 @@ def train(config, data, process):
             stopped = process.max(interrupt.signal)
             done, ends = trainer.step == steps, trainer.step == last
             draws = is_due(config.sample_interval, trainer.step)
-            validates = len(held) > 0 and (done or draws and not stopped)
+            # A kill may follow a signal: its save does not wait for images held out.
+            validates = len(held) > 0 and (done or (draws and not stopped))
             if validates or done or is_due(config.log_interval, trainer.step):
                 write_row(trainer, log, meter, lr, steps, held if validates else None)
-            # Before the pictures, as a kill may follow the signal.
+            # Before the pictures, for the same reason.
             if stopped or ends or saves(config, trainer.step):
                 save(trainer, data)
             if draws or ends and config.sample_interval:
