@@ -901,11 +901,10 @@ def train(config, data, process):
             stopped = process.max(interrupt.signal)
             done, ends = trainer.step == steps, trainer.step == last
             draws = is_due(config.sample_interval, trainer.step)
-            # A kill may follow a signal: its save does not wait for images held out.
+            # A kill may follow a signal: its save waits for no validation, and no pictures.
             validates = len(held) > 0 and (done or (draws and not stopped))
             if validates or done or is_due(config.log_interval, trainer.step):
                 write_row(trainer, log, meter, lr, steps, held if validates else None)
-            # Before the pictures, for the same reason.
             if stopped or ends or saves(config, trainer.step):
                 save(trainer, data)
             if draws or ends and config.sample_interval:
