@@ -306,7 +306,7 @@ TARFLOW = NANO | PIXEL_FLOW | dict(latent_dim=48, sigma=0.05, layers=(2, 2, 2, 2
 TAR = PIXEL_FLOW | dict(layers=8 * (8,), width=768, heads=12, constant=0.0, ema=0.0, clip=1e9)
 PRESETS = {
     'nano': NANO,
-    # A quarter of an hour on one GPU, by its rates in RESULTS.md, which shows three minutes of it.
+    # Eight minutes on an H200, by its rate in RESULTS.md, which shows what two of them make.
     'cifar': NANO | dict(data='cifar10', width=512, heads=8, layers=(2, 2, 2, 2, 2, 8), l1=0.0,
                          l2=100.0, vae_width=128, vae_mults=(1, 2), vae_patch=2, batch_size=256,
                          steps=12000, lr=8e-4, lr_end=8e-6, warmup=300, ema=0.9995,
@@ -929,6 +929,7 @@ def plot(series, x_label, y_label):
         colour = COLOURS[i % len(COLOURS)]
         pixels = origin + (np.array(curve) - low) * scale
         draw.line(pixels.ravel().tolist(), colour, 5, joint='curve')
+        draw.circle(pixels[-1].tolist(), 8, colour)                # one point would be no line
         draw.text((right, top + 12 + 36 * i), name, colour, font, anchor='ra')
     return image.reduce(2)
 

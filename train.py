@@ -49,8 +49,9 @@ FIXED_OPTIONS = CODEC_OPTIONS + (
 # Dense bf16 FLOP/s, for the column mfu of the log.
 PEAK = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12, 'L40S': 362e12, '4090': 165e12}
 # The share of it that is useful work of VAE and flow: from compiled steps at 256 pixels (on an H200
-# 0.26 to 0.28, by GPU time on an H100 0.23 and 0.24), less some for data, logs and pictures.
-SHARE = 0.2
+# 0.28 for S and 0.32 for XXL with 32 images, 0.26 to 0.28 with 16), less some for data, logs and
+# pictures.
+SHARE = 0.25
 
 
 # ---------------------------------------------------------------------------------------- schedules
