@@ -306,7 +306,7 @@ TARFLOW = NANO | PIXEL_FLOW | dict(latent_dim=48, sigma=0.05, layers=(2, 2, 2, 2
 TAR = PIXEL_FLOW | dict(layers=8 * (8,), width=768, heads=12, constant=0.0, ema=0.0, clip=1e9)
 PRESETS = {
     'nano': NANO,
-    # Eight minutes on an H200, by its rate in RESULTS.md, which shows what two of them make.
+    # Eight minutes on an H200, by its rate in RESULTS.md, which shows what 2,550 steps make.
     'cifar': NANO | dict(data='cifar10', width=512, heads=8, layers=(2, 2, 2, 2, 2, 8), l1=0.0,
                          l2=100.0, vae_width=128, vae_mults=(1, 2), vae_patch=2, batch_size=256,
                          steps=12000, lr=8e-4, lr_end=8e-6, warmup=300, ema=0.9995,

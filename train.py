@@ -49,9 +49,9 @@ FIXED_OPTIONS = CODEC_OPTIONS + (
 # Dense bf16 FLOP/s, for the column mfu of the log.
 PEAK = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12, 'L40S': 362e12, '4090': 165e12}
 # The share of it that is useful work of VAE and flow: from compiled steps at 256 pixels (on an H200
-# 0.28 for S and 0.32 for XXL with 32 images, 0.26 to 0.28 with 16), less some for data, logs and
-# pictures.
-SHARE = 0.25
+# 0.28 for S and 0.32 for XXL with 32 images, on an H100, by GPU time, 0.23 and 0.24 with 16), less
+# some for data, logs and pictures.
+SHARE = 0.2
 
 
 # ---------------------------------------------------------------------------------------- schedules
@@ -555,7 +555,9 @@ def resume(trainer, data):
     """Go on from --out/ckpt.pt if there is one; UserError if it is of another run, or if not all
     processes find the same."""
     path = os.path.join(trainer.config.out, 'ckpt.pt')
-    saved = load_checkpoint(path, mmap=True) if os.path.exists(path) else None
+    # Mapped, the file would stay open, as optimizers on a CPU keep the tensors that they are given.
+    mapped = trainer.process.device.type != 'cpu'
+    saved = load_checkpoint(path, mmap=mapped) if os.path.exists(path) else None
     step = saved['step'] if saved else 0
     if trainer.process.max(step) != -trainer.process.max(-step):   # all notice, so none hangs
         raise UserError(f'{path} is not there on some machine, or older than on another; --out '
