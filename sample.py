@@ -49,8 +49,8 @@ class Options:
                           'default: grid.png beside --ckpt')
     device: str = option('', 'cuda, mps, cpu; default: the best there is')
     dtype: str = option('', 'float32 or bfloat16 (autocast); default: bfloat16 if the GPU has it')
-    compile: bool = option(False, 'torch.compile, which takes a minute: for ten thousand images per '
-                                  'process, or more, on a GPU')
+    compile: bool = option(False, 'torch.compile, which takes a minute: for ten thousand images '
+                                  'per process, or more, on a GPU')
 
     def check(self):
         """Raise UserError for values that make no sense."""
