@@ -242,14 +242,14 @@ class Block(nn.Module):
 
     def inverse(self, z, y, cfg=0.0, guidance=GUIDANCE['starflow']):
         """noise -> image, token by token: z (B, T, D), y (B,) -> x (B, T, D). cfg > 0 guides."""
-        decoder = Decoder(self, z, y, cfg, guidance)
-        with transposed_weights(self.transformer.layers, decoder.rows):
-            for length, tokens in decoder.pieces():
-                decoder.length = length
-                again = capture(decoder.step, z.device)
+        inversion = Inversion(self, z, y, cfg, guidance)
+        with transposed_weights(self.transformer.layers, inversion.rows):
+            for length, tokens in inversion.pieces():
+                inversion.length = length
+                again = capture(inversion.step, z.device)
                 for _ in range(tokens - 1):
                     again()
-        return self.reorder(decoder.x)
+        return self.reorder(inversion.x)
 
 
 def shift(out):
@@ -390,7 +390,7 @@ class Window(NamedTuple):
         return F.scaled_dot_product_attention(q, k, v, self.mask)
 
 
-class Decoder:
+class Inversion:
     """A block that is being inverted: x (B, T, D) so far, in reading order, and the keys and values
     of all layers. The next step reads the n tokens `at` (n,), and looks at the first `length`.
 
@@ -523,7 +523,7 @@ def jacobi_is_slower(device, images, cfg):
     return device.type == 'cpu' and images * (2 if cfg else 1) > JACOBI_IMAGES
 
 
-class Jacobi(Decoder):
+class Jacobi(Inversion):
     """A block that is being inverted `n` tokens at a time. known (): so many tokens are final."""
 
     def __init__(self, block, z, y, cfg, guidance, n, tol):
@@ -560,13 +560,13 @@ def jacobi_inverse(block, z, y, cfg, guidance, window, tol):
     T = z.shape[1]
     if T == 1:
         return z
-    decoder = Jacobi(block, z, y, cfg, guidance, min(window, T - 1), tol)
-    with transposed_weights(block.transformer.layers, decoder.rows):
-        again = capture(decoder.step, z.device)
-        while decoder.known.item() < T:                            # waits for the device
+    inversion = Jacobi(block, z, y, cfg, guidance, min(window, T - 1), tol)
+    with transposed_weights(block.transformer.layers, inversion.rows):
+        again = capture(inversion.step, z.device)
+        while inversion.known.item() < T:                            # waits for the device
             for _ in range(4 if z.device.type == 'cuda' else 1):
                 again()
-    return block.reorder(decoder.x)
+    return block.reorder(inversion.x)
 
 
 # -------------------------------------------------------------------------- siblings: other models

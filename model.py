@@ -73,7 +73,7 @@ class SimFlow(nn.Module):
 
     @torch.no_grad()
     def generate(self, y, noise, cfg=0.0, gamma=0.0, guidance='', tol=0.0, denoise=None):
-        """y (B,), noise (B, T, D) -> images (B, 3, H, W) in [-1, 1]
+        """y (B,), noise (B, T, D) -> images (B, 3, H, W) in [-1, 1], NaN where not finite
 
         cfg: w of guidance, a row of GUIDANCE, by default the preset's. gamma: SimFlow's score step
         (Eq. 6). 0 turns either off. tol: of parallel decoding; 0 goes token by token. denoise: end
@@ -89,7 +89,9 @@ class SimFlow(nn.Module):
             steps.append((self.vae.sigma ** 2, y))
         if steps:
             x = self.flow.score_step(x, steps)
-        return self.decode(x).clamp(-1, 1)
+        image = self.decode(x)
+        # An infinity is as broken as NaN, which clamp leaves.
+        return torch.where(image.isfinite(), image, math.nan).clamp(-1, 1)
 
     def decode(self, x):
         """(B, T, D) -> (B, 3, H, W), as many images at once as fit; all parts about as large, since
@@ -235,6 +237,8 @@ class Config:
                 f'--vae_width {self.vae_width} times each of --vae_mults must be a multiple of 4')
         require(self.image_size >= 3 * 2 ** self.gan_layers or not self.gan,
                 f'--image_size {self.image_size} is too small for --gan_layers {self.gan_layers}')
+        require(self.image_size >= 16 or not self.lpips,
+                f'--image_size {self.image_size} is too small for --lpips, which needs 16')
         require(self.gan_width % 4 == 0, f'--gan_width {self.gan_width} must be a multiple of 4')
         for name in ('beta2', 'gan_beta1', 'gan_beta2', 'holdout'):
             require(values[name] < 1, f'--{name} must be less than 1')
@@ -603,12 +607,21 @@ def find_process(device='', dtype='', compile=None):
         raise UserError(f'--dtype {dtype} must be float32 or bfloat16')
     process = Process(device, getattr(torch, dtype), cuda if compile is None else compile)
     if 'RANK' in os.environ:
-        dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo')
-        atexit.register(leave_processes)
-        process.rank, process.world = dist.get_rank(), dist.get_world_size()
-        # While process 0 downloads, or lists a cold disk, the others wait: by default half an hour.
-        process.patient = dist.new_group(backend='gloo', timeout=datetime.timedelta(hours=12))
+        meet(process)
     return process
+
+
+def meet(process):
+    """Join the processes that torchrun has started."""
+    nccl = process.device.type == 'cuda' and dist.is_nccl_available()          # Windows has none
+    dist.init_process_group('cpu:gloo,cuda:nccl' if nccl else 'gloo')
+    atexit.register(leave_processes)
+    process.rank, process.world = dist.get_rank(), dist.get_world_size()
+    if process.world > 1 and process.device.type == 'mps':
+        raise UserError("several processes can't work on a Mac's GPU: start one, by python, or "
+                        'give --device cpu')
+    # While process 0 downloads, or lists a cold disk, the others wait: by default half an hour.
+    process.patient = dist.new_group(backend='gloo', timeout=datetime.timedelta(hours=12))
 
 
 def check_launch():
@@ -618,10 +631,10 @@ def check_launch():
     if 'RANK' in os.environ and missing:
         raise UserError(f'RANK is set, but not {", ".join(missing)}: start by torchrun, which sets '
                         'them all, or unset RANK')
-    tasks = os.environ.get('SLURM_NTASKS', '1')
+    tasks = os.environ.get('SLURM_STEP_NUM_TASKS', '1')
     if 'RANK' not in os.environ and tasks != '1':
-        raise UserError(f'SLURM_NTASKS is {tasks}, and srun starts as many, which would not know '
-                        'of each other: let it start one torchrun per node, or unset SLURM_NTASKS')
+        raise UserError(f'SLURM_STEP_NUM_TASKS is {tasks}: srun has started as many, which would '
+                        'not know of each other; let it start one torchrun per node')
 
 
 def leave_processes():
@@ -842,6 +855,8 @@ def note_on_guidance(config, class_names, cfg, gamma, guidance):
     needs_classes = not GUIDANCE[guidance or config.guidance].tau or gamma
     if class_names or not (cfg or gamma) or not needs_classes:
         return ''
+    if config.prior == 'sit':
+        return 'the checkpoint knows no classes: --cfg changes nothing, and costs time'
     return ('the checkpoint knows no classes: --gamma changes nothing, --cfg only with --guidance '
             'tarflow_tau, and both cost time')
 

@@ -52,6 +52,7 @@ PEAK = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12, 'L40S': 362e12, '4090': 
 # 0.28 for S and 0.32 for XXL with 32 images, on an H100, by GPU time, 0.23 and 0.24 with 16), less
 # some for data, logs and pictures.
 SHARE = 0.2
+HOPELESS = 4                                                       # steps in a row, all skipped
 
 
 # ---------------------------------------------------------------------------------------- schedules
@@ -131,6 +132,7 @@ class Trainer:
         if process.compile:
             self.compile()
         self.adversarial, self.graph, self.warm_steps = False, None, 0
+        self.lost = 0                                              # steps since a finite one
         self.reset()
 
     def reset(self):
@@ -322,20 +324,21 @@ class Trainer:
     def row(self):
         """Averages of the terms since the last row, over the steps that were not skipped; for
         `replaced`, and for `skipped`, the number. Says what was skipped; if that was every step,
-        SystemExit. Waits for the device."""
+        HOPELESS ones or more, SystemExit. Waits for the device."""
         skipped = self.skipped.item()
-        good = self.count - skipped
+        good, replaced = self.count - skipped, self.totals[self.names.index('replaced')].item()
+        self.lost = 0 if good else self.lost + self.count
         if skipped:
             names = ' and '.join(n for n, bad in zip(self.names, self.broken.tolist()) if bad)
             said = f'{names} infinite or NaN at step {self.broken_step.item()}'
-            if not good:
+            if self.lost >= HOPELESS:
                 sys.exit(1 if self.process.rank else
-                         f'error: {said}, and none of the {skipped} steps since then was finite; '
-                         'run the same command with a lower --lr, which resumes ckpt.pt if there '
-                         'is one')
+                         f'error: {said}, and none of the last {self.lost} steps was finite; run '
+                         'the same command with a lower --lr, which resumes ckpt.pt if there is '
+                         'one')
             self.process.print(f'{said}: skipped {skipped} of {self.count} steps')
         row = dict(zip(self.names, (self.totals / good).tolist()))
-        row |= {'replaced': round(row['replaced'] * good), 'skipped': skipped}
+        row |= {'replaced': round(replaced), 'skipped': skipped}
         self.reset()
         return row
 
@@ -461,7 +464,7 @@ def adamw(weights, lr, betas, weight_decay=0.0):
 
 def hidden_weights(model):
     """-> (weight, matrices that are stacked in it) pairs, of what Muon trains: matrices of the
-    flow's layers, and convolutions but for those of few channels on a side."""
+    flow's layers, and convolutions of more than 16 channels on either side."""
     pairs = []
     for module in model.modules():
         if isinstance(module, Layer):
@@ -570,13 +573,7 @@ def resume(trainer, data):
     was, now = saved['config'], dataclasses.asdict(trainer.config)
     for options in (was, now):                                     # a teacher's file may move
         options['repa'] = os.path.basename(options['repa'])
-    fixed = [k for k in FIXED_OPTIONS if now['align'] or not k.startswith('repa')]
-    differs = [f'--{k} {show(was[k])} (now {show(now[k])})' for k in fixed if was[k] != now[k]]
-    if saved['class_names'] != data.class_names:
-        differs.append(f'{len(saved["class_names"])} classes (now {len(data.class_names)}, or '
-                       'other names)')
-    if ('disc' in saved) != bool(trainer.config.gan):
-        differs.append(f'--gan {was["gan"]}')
+    differs = differences(saved, now, data)
     if differs:
         raise UserError(f'{path} was trained with {", ".join(differs)}; use those settings to '
                         'resume it, or another --out for a new run')
@@ -587,9 +584,24 @@ def resume(trainer, data):
                         'use the version that trained it, or another --out')
     changed = [f', --{k} {show(was[k])} -> {show(v)}' for k, v in now.items()
                if was[k] != v and k != 'init']                     # long done with
+    if now['init'] not in ('', was['init']):
+        changed.append(', not from --init, which is for a new --out')
     if saved.get('images', len(data)) != len(data):
         changed.append(f', {saved["images"]} -> {len(data)} images, in a new order')
     trainer.process.print(f'resuming {path} at step {trainer.step}' + ''.join(changed))
+
+
+def differences(saved, now, data):
+    """-> what of a checkpoint makes it another run's than that of options `now` on these data"""
+    was = saved['config']
+    fixed = [k for k in FIXED_OPTIONS if now['align'] or not k.startswith('repa')]
+    differs = [f'--{k} {show(was[k])} (now {show(now[k])})' for k in fixed if was[k] != now[k]]
+    if saved['class_names'] != data.class_names:
+        differs.append(f'{len(saved["class_names"])} classes (now {len(data.class_names)}, or '
+                       'other names)')
+    if ('disc' in saved) != bool(now['gan']):
+        differs.append(f'--gan {was["gan"]}')
+    return differs
 
 
 class Log:
@@ -614,11 +626,13 @@ class Log:
         *lines, _ = self.file.read().replace('\0', '').split('\n')          # whole lines only
         table = [line.strip().split(',') for line in lines] or [[]]
         rows = [dict(zip(table[0], row)) for row in table[1:] if len(row) == len(table[0])]
+        self.rows = [row for row in rows if row.get('step', '').isdecimal()
+                     and int(row['step']) <= step]
+        if self.rows:                                              # terms that are off keep theirs
+            columns = columns + [name for name in self.rows[0] if name not in columns]
         self.file.truncate(0)
         self.writer = csv.DictWriter(self.file, columns, extrasaction='ignore')
         self.writer.writeheader()
-        self.rows = [row for row in rows if row.get('step', '').isdecimal()
-                     and int(row['step']) <= step]
         self.writer.writerows(self.rows)
         self.file.flush()
 
@@ -711,7 +725,9 @@ def save_pictures(trainer, data, log):
     trainer.release()                                              # memory is needed here
     rows = min(10, trainer.classes) or 4
     labels = (torch.arange(rows) * trainer.classes // rows).repeat_interleave(8)
-    share = math.ceil(len(labels) / process.world)
+    # Without activations to keep, 8 times as many images fit as in a step.
+    micro = config.batch_size // process.world // config.grad_accum
+    share = min(math.ceil(len(labels) / process.world), 8 * micro)
     ema = with_weights_in(process.dtype, trainer.ema)
     halves = []
     for cfg in (0.0, CFG) if trainer.classes else (0.0,):
@@ -787,7 +803,9 @@ def print_plan(config):
 
 class Interrupt:
     """Ctrl-C, SIGTERM, a closed terminal (SIGHUP) and the warnings of schedulers (SIGUSR1, SIGUSR2)
-    end the run after the step they come in, with a checkpoint; a second signal ends it at once."""
+    end the run after the step they come in, with a checkpoint; a second signal ends it at once.
+    torchrun hands on the first three, the others if told to, and waits 30 s (RESULTS.md, Recipes).
+    """
     NAMES = 'SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1', 'SIGUSR2'    # Windows lacks the last three
 
     def __init__(self):
@@ -898,7 +916,7 @@ def train(config, data, process):
     with tqdm(total=steps, initial=trainer.step, disable=True if process.rank else None) as bar:
         while trainer.step < last and not stopped:
             lr = learning_rate(config, trainer.step, steps)
-            image, y, replaced = meter.next(feed)
+            image, y, replaced = next_batch(trainer, data, meter, feed)
             trainer.train_step(image, y, lr, replaced)
             bar.update()
             stopped = process.max(interrupt.signal)
@@ -916,6 +934,16 @@ def train(config, data, process):
     return stopped
 
 
+def next_batch(trainer, data, meter, feed):
+    """What the feed has next. If that is an error, first saves the steps so far."""
+    try:
+        return meter.next(feed)
+    except (UserError, RuntimeError, OSError):                     # the second of a killed loader
+        if trainer.step:
+            save(trainer, data)
+        raise
+
+
 def training_batches(trainer, data, last):
     c, process = trainer.config, trainer.process
     flip = data.mirror if c.flip is None else c.flip
@@ -926,7 +954,7 @@ def training_batches(trainer, data, last):
 def initialise(trainer, data):
     """Begin with what --init holds, and measure what depends on it."""
     c, process = trainer.config, trainer.process
-    process.print(trainer.start_from(load_checkpoint(c.init, '--init')))
+    process.print(trainer.start_from(load_checkpoint(c.init, '--init', mmap=True)))
     if c.unit_std and trainer.model.vae.std == 1:                  # else --init had it done
         image, *_ = next(batches(data, c.image_size, c.batch_size, c.seed, flip=False, start=0,
                                  steps=1, rank=process.rank, world=process.world))
@@ -953,7 +981,7 @@ def main(argv):
         process.print(f'stopped by {signal.Signals(stopped).name}; saved {ckpt}, the same command '
                     'resumes from there')
         sys.exit(128 + stopped)                                    # for schedulers: not done yet
-    process.print(f'saved {ckpt}; make images with: python sample.py --ckpt {ckpt}')
+    process.print(f'{ckpt} is complete; make images with: python sample.py --ckpt {ckpt}')
 
 
 if __name__ == '__main__':

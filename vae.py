@@ -7,8 +7,8 @@ A codec answers with a mean and a noise level, and decodes:
                     is learned)
     decode(x)       (B, T, D) -> (B, 3, H, W)
 
-Hardly anything asks which codec it is: all answer with mu and sigma. Below the VAE stand its
-siblings: LearnedVAE, whose encoder predicts the variance, and Pixels, which only cuts patches.
+The method never asks which codec it is. Below the VAE stand its siblings: LearnedVAE, whose encoder
+predicts the variance, and Pixels, which only cuts patches.
 """
 import math
 import os

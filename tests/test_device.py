@@ -82,7 +82,7 @@ def test_launchers_that_say_half_are_refused(monkeypatch):
     Config(batch_size=8, lpips=0.0).check()
     with pytest.raises(UserError, match='--batch_size 8'):             # but a plan for so many
         Config(batch_size=8, lpips=0.0, dry_run=True).check()
-    monkeypatch.setenv('SLURM_NTASKS', '8')
+    monkeypatch.setenv('SLURM_STEP_NUM_TASKS', '8')
     with pytest.raises(UserError, match='torchrun'):
         find_process('cpu')
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import flow as flow_module
-from flow import (GUIDANCE, Block, Decoder, Flow, VPFlow, guide, jacobi_inverse, shift,
+from flow import (GUIDANCE, Block, Flow, Inversion, VPFlow, guide, jacobi_inverse, shift,
                   transposed_weights)
 from model import Config, PRESETS, with_weights_in
 from sample import Options
@@ -141,7 +141,7 @@ def test_decoding_as_on_a_gpu_is_the_same(longer, monkeypatch, name, pieces):
     flow, z, y = longer
     T, size = z.shape[1], math.ceil(z.shape[1] / pieces)
     expected = flow.sample(z, y, 2.0, GUIDANCE[name])
-    monkeypatch.setattr(Decoder, 'pieces', lambda self: [(min(t + size, T), min(size, T - 1 - t))
+    monkeypatch.setattr(Inversion, 'pieces', lambda self: [(min(t + size, T), min(size, T - 1 - t))
                                                          for t in range(0, T - 1, size)])
     sample = flow.sample(z, y, 2.0, GUIDANCE[name])
     torch.testing.assert_close(sample, expected, rtol=1e-4, atol=1e-4)

@@ -1,6 +1,7 @@
 """Configuration, the joint model, its losses, and what checkpoints and options say when they are
 wrong."""
 import dataclasses
+import math
 import os
 
 import numpy as np
@@ -65,6 +66,7 @@ def test_asking_for_epochs_replaces_a_presets_steps():
     (['--batch_size', '0'], '--batch_size'), (['--layers', '2,0'], '--layers'),
     (['--vae_width', '6'], '--vae_width'), (['--gan_width', '6'], '--gan_width'),
     (['--gan', '0.1', '--image_size', '16', '--gan_layers', '3'], '--gan_layers'),
+    (['--lpips', '1', '--image_size', '8'], '--lpips'),
     (['--holdout', '1'], '--holdout'), (['--epochs', '0', '--steps', '0'], '--steps'),
     (['--batch_size', '6', '--grad_accum', '4'], '--batch_size')])
 def test_mistakes_name_the_option(argv, word):
@@ -259,3 +261,20 @@ def test_checkpoints_that_are_none(tmp_path):
     torch.save({'model': {}}, path)
     with pytest.raises(UserError, match='ckpt.pt'):
         load_checkpoint(str(path))
+
+
+def test_infinite_images_are_none():
+    """Clamped, an infinity would pass for white or black."""
+    config = parse_options(Config, ['--image_size', '8', '--width', '16'], '', PRESETS)
+    model = SimFlow(config, 3)
+    noise, y = torch.randn(2, *model.flow.shape), torch.arange(2)
+    image = torch.zeros(2, 3, 8, 8)
+    image[1, 0, 0, :2] = torch.tensor([math.inf, -math.inf])
+    model.decode = lambda x: image
+    assert model.generate(y, noise).isnan().sum((1, 2, 3)).tolist() == [0, 2]
+
+
+def test_a_diffusion_model_is_not_sent_to_what_needs_a_flow():
+    config = dataclasses.replace(Config(**PRESETS['sit']), model='sit')
+    note = model_module.note_on_guidance(config, [], 2.0, 0.0, '')
+    assert 'knows no classes' in note and 'tarflow_tau' not in note

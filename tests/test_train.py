@@ -4,6 +4,7 @@ import contextlib
 import csv
 import dataclasses
 import functools
+import itertools
 import os
 import multiprocessing
 import shutil
@@ -120,6 +121,8 @@ def test_rows_after_the_resumed_step_are_dropped(tmp_path):
     log = log_of(path, ['step', 'loss', 'new'], 20)
     log.write({'step': 30, 'loss': 99.0, 'new': 1})
     assert path.read_text().split() == ['step,loss,new', '10,5,', '20,10,', '30,99,1']
+    log_of(path, ['step', 'loss'], 30).write({'step': 40, 'loss': 1.0})          # a term less
+    assert path.read_text().split()[-2:] == ['30,99,1', '40,1,'] and ',new' in path.read_text()
 
 
 @pytest.mark.parametrize('damage, kept', [
@@ -345,7 +348,7 @@ def spoil(monkeypatch, bad):
 def test_a_run_ends_when_a_whole_interval_was_skipped(tmp_path, monkeypatch, capsys):
     """One bad step at 1, and from 6 on nothing else; a row every 4 steps."""
     spoil(monkeypatch, lambda step: step == 1 or step >= 6)
-    with pytest.raises(SystemExit, match='nll.* at step 8, and none of the 4 steps since') as e:
+    with pytest.raises(SystemExit, match='nll.* at step 8, and none of the last 4 steps') as e:
         train.main([*TINY, '--steps', '99', '--save_interval', '4', '--sample_interval', '0',
                     '--log_interval', '4', '--out', str(tmp_path)])
     assert 'lower --lr' in str(e.value.code)
@@ -354,6 +357,27 @@ def test_a_run_ends_when_a_whole_interval_was_skipped(tmp_path, monkeypatch, cap
     assert [row['skipped'] for row in read_log(tmp_path)] == ['1', '2']
     state = torch.load(tmp_path / 'ckpt.pt', weights_only=True)
     assert state['step'] == 8 and all(value.isfinite().all() for value in state['model'].values())
+
+
+def test_a_few_skipped_steps_end_no_run(tmp_path, monkeypatch):
+    """With a row for each step, two bad ones in a row are two rows without numbers."""
+    spoil(monkeypatch, lambda step: step in (1, 2))
+    train.main([*TINY, '--steps', '4', '--save_interval', '0', '--sample_interval', '0',
+                '--log_interval', '1', '--out', str(tmp_path)])
+    rows = read_log(tmp_path)
+    assert [row['skipped'] for row in rows] == ['0', '1', '1', '0']
+    assert [row['loss'] == 'nan' for row in rows] == [False, True, True, False]
+
+
+def test_data_that_fail_cost_no_steps(tmp_path, monkeypatch):
+    def failing(*args):
+        yield from itertools.islice(feed(*args), 3)
+        raise UserError('a hundred images in a row are unreadable')
+    feed = train.training_batches
+    monkeypatch.setattr(train, 'training_batches', failing)
+    with pytest.raises(UserError, match='a hundred'):
+        train.main([*TINY, '--steps', '9', '--sample_interval', '0', '--out', str(tmp_path)])
+    assert torch.load(tmp_path / 'ckpt.pt', weights_only=True)['step'] == 3
 
 
 # ---------------------------------------------------------------------------------------- schedules
