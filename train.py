@@ -112,7 +112,8 @@ class Trainer:
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.opts = build_optimizers(self.model, config, process.dtype)
         for module in self.model.modules():
-            module.grad_ckpt = config.grad_ckpt
+            if hasattr(module, 'grad_ckpt'):
+                module.grad_ckpt = config.grad_ckpt
         self.ddp = process.distribute(self.model)
         self.ddps = [self.ddp]
         if config.lpips:
