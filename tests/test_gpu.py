@@ -1,6 +1,6 @@
 """On a GPU: the programs as users start them, and how far a GPU's numbers are from a CPU's. Four
-minutes or so, most of them compiling; skipped without CUDA. What it measures it prints. TEST_DEVICE=cpu tries the tests
-themselves where there is no GPU.
+minutes or so, most of them compiling; skipped without CUDA. What it measures it prints.
+TEST_DEVICE=cpu tries the tests themselves where there is no GPU.
 """
 import concurrent.futures
 import csv
