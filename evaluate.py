@@ -962,6 +962,8 @@ def explore_latents(options, process, trained):
     numbers = means.result()
     var = numbers.pop('square') - numbers.pop('mu') ** 2           # (T, D)
     std = (var.clamp(min=0) * n / (n - 1)).sqrt().mean(0)          # (D,)
+    if not std.isfinite().all():
+        raise UserError(f'the latents of {options.ckpt} are not finite: it is broken; use another')
     row = {'n': n, 'std of mu': std.mean().item()}
     row.update({name: number.item() for name, number in numbers.items()})
     if process.rank:

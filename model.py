@@ -631,7 +631,7 @@ def check_launch():
     if 'RANK' in os.environ and missing:
         raise UserError(f'RANK is set, but not {", ".join(missing)}: start by torchrun, which sets '
                         'them all, or unset RANK')
-    tasks = os.environ.get('SLURM_STEP_NUM_TASKS', '1')
+    tasks = os.environ.get('SLURM_STEP_NUM_TASKS') or '1'
     if 'RANK' not in os.environ and tasks != '1':
         raise UserError(f'SLURM_STEP_NUM_TASKS is {tasks}: srun has started as many, which would '
                         'not know of each other; let it start one torchrun per node')
@@ -776,8 +776,12 @@ def export(path, out):
     state = load_checkpoint(path, mmap=True)
     kept = {name: state[name] for name in ('config', 'class_names', 'step')}
     kept['ema'] = without_projector(state['ema'])
-    with whole(out) as temporary:
-        torch.save(kept, temporary)
+    try:
+        with whole(out) as temporary:
+            torch.save(kept, temporary)
+    except RuntimeError as e:                                      # torch's, on a full disk
+        raise UserError(f'--export {out} could not be written ({str(e).splitlines()[0]}); make '
+                        'room, or name another place')
     print(f'{out}: averaged weights of step {state["step"]:,}, from {path}')
 
 
@@ -893,8 +897,8 @@ def sample_images(model, labels, seed, process, batch_size, cfg=0.0, gamma=0.0, 
 
 
 def to_uint8(images):
-    """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8 by rounding; what is no number is black"""
-    levels = ((images.nan_to_num(-1).clamp(-1, 1) + 1) * 127.5).round()
+    """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8 by rounding; what is not finite is black"""
+    levels = ((images.nan_to_num(-1, -1, -1).clamp(-1, 1) + 1) * 127.5).round()
     return levels.byte().permute(0, 2, 3, 1).cpu().numpy()
 
 

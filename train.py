@@ -93,6 +93,8 @@ def draw_noise(config, classes, step, y, process):
 class Trainer:
     """Networks, optimizers and running averages: one step, and all that a bit-exact resume needs.
     lpips, teacher: the frozen networks, if not those that the configuration names."""
+    saved = 0                                                      # step of the last checkpoint
+    lost = 0                                                       # steps since a finite one
 
     def __init__(self, config, classes, process, lpips=None, teacher=None):
         self.config, self.classes, self.process, self.step = config, classes, process, 0
@@ -133,7 +135,6 @@ class Trainer:
         if process.compile:
             self.compile()
         self.adversarial, self.graph, self.warm_steps = False, None, 0
-        self.lost = 0                                              # steps since a finite one
         self.reset()
 
     def reset(self):
@@ -531,6 +532,7 @@ def orthogonalize(matrices, dtype):
 def save(trainer, data):
     """Atomic: a kill at any moment leaves the old checkpoint or the new one, never half of either.
     UserError if it can't be written, as on a full disk."""
+    trainer.saved = trainer.step
     if trainer.process.rank:
         return
     path = target = os.path.join(trainer.config.out, 'ckpt.pt')
@@ -546,13 +548,21 @@ def save(trainer, data):
         if is_due(trainer.config.keep_interval, trainer.step):
             target = os.path.join(trainer.config.out, f'ckpt_{trainer.step:07d}.pt')
             with whole(target) as kept:
-                shutil.copyfile(path, kept)
+                copy_or_link(path, kept)
     except (OSError, RuntimeError) as e:                           # the latter is torch's
         with contextlib.suppress(OSError):
             os.remove(path + '.tmp')
         raise UserError(f'{target} could not be written at step {trainer.step} '
                         f'({str(e).splitlines()[0]}); {path} is untouched by that: make room, and '
                         'the same command resumes from it')
+
+
+def copy_or_link(path, copy):
+    """A second name for the same file takes no time and no room; not all file systems know it."""
+    try:
+        os.link(path, copy)
+    except OSError:
+        shutil.copyfile(path, copy)
 
 
 def resume(trainer, data):
@@ -580,13 +590,15 @@ def resume(trainer, data):
                         'resume it, or another --out for a new run')
     try:
         trainer.load(saved)
+        trainer.saved = trainer.step
     except (KeyError, ValueError, RuntimeError) as e:
         raise UserError(f'{path} does not hold what its options say ({str(e).splitlines()[0]}); '
                         'use the version that trained it, or another --out')
     changed = [f', --{k} {show(was[k])} -> {show(v)}' for k, v in now.items()
                if was[k] != v and k != 'init']                     # long done with
-    if now['init'] not in ('', was['init']):
+    if now['init'] and os.path.abspath(now['init']) != os.path.abspath(was['init']):
         changed.append(', not from --init, which is for a new --out')
+    trainer.config.init = was['init']
     if saved.get('images', len(data)) != len(data):
         changed.append(f', {saved["images"]} -> {len(data)} images, in a new order')
     trainer.process.print(f'resuming {path} at step {trainer.step}' + ''.join(changed))
@@ -879,7 +891,7 @@ def write_row(trainer, log, meter, lr, steps, held):
     names = [*trainer.names, *measured, 'images_per_s', 'data_wait', 'peak_gb']
     shown = [f'{name} {row[name]:.4g}' for name in names if row[name]]
     left = (steps - trainer.step) * trainer.config.batch_size / row['images_per_s']
-    if left:
+    if 0 < left < 1e9:
         shown.append(f'left {datetime.timedelta(seconds=round(left))}')
     trainer.process.print('  '.join([f'step {trainer.step}/{steps}', *shown]))
 
@@ -936,13 +948,18 @@ def train(config, data, process):
 
 
 def next_batch(trainer, data, meter, feed):
-    """What the feed has next. If that is an error, first saves the steps so far."""
+    """What the feed has next. If that is an error in some process, all of them end, after the steps
+    so far were saved."""
+    batch = error = None
     try:
-        return meter.next(feed)
-    except (UserError, RuntimeError, OSError):                     # the second of a killed loader
-        if trainer.step:
-            save(trainer, data)
-        raise
+        batch = meter.next(feed)
+    except (UserError, RuntimeError, OSError) as e:                # the second of a killed loader
+        error = e
+    if trainer.process.max(int(error is not None)):
+        if trainer.step > trainer.saved:
+            trainer.process.on_rank_0(save, trainer, data)
+        raise error or SystemExit(2)
+    return batch
 
 
 def training_batches(trainer, data, last):
@@ -982,7 +999,7 @@ def main(argv):
         process.print(f'stopped by {signal.Signals(stopped).name}; saved {ckpt}, the same command '
                     'resumes from there')
         sys.exit(128 + stopped)                                    # for schedulers: not done yet
-    process.print(f'{ckpt} is complete; make images with: python sample.py --ckpt {ckpt}')
+    process.print(f'make images with: python sample.py --ckpt {ckpt}')
 
 
 if __name__ == '__main__':

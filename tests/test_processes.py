@@ -10,6 +10,7 @@ import torch
 from conftest import ROOT
 from data import parse_options
 from model import PRESETS, Config, find_process, from_uint8
+from test_data import png, write_folder
 from test_train import TINY, read_log, run, same, torchrun
 import train
 from vae import LPIPS, hinge
@@ -195,3 +196,13 @@ def test_a_rate_of_zero_moves_nothing():
     before = copy.deepcopy(trainer.model.state_dict())
     trainer.train_step(image, y, lr=0.0)
     assert 'muon' in trainer.opts and same(before, trainer.model.state_dict())
+
+
+def test_data_that_fail_in_one_process_cost_no_steps(tmp_path):
+    """One says what was wrong, the other ends without a word, and process 0 saves first."""
+    write_folder(tmp_path / 'data', {f'c{i % 2}/{i}.png': b'no image' if i % 24 < 2 else png('red')
+                                     for i in range(120)})
+    result = run(torchrun(2, 'train.py', *TINY, '--data', f'{tmp_path}/data', '--steps', '50',
+                          '--sample_interval', '0', '--seed', '1', '--out', f'{tmp_path}/out'))
+    assert 'images are unreadable' in result.stderr and 'RuntimeError' not in result.stderr
+    assert torch.load(tmp_path / 'out' / 'ckpt.pt', weights_only=True)['step'] > 0

@@ -378,6 +378,16 @@ def test_data_that_fail_cost_no_steps(tmp_path, monkeypatch):
     with pytest.raises(UserError, match='a hundred'):
         train.main([*TINY, '--steps', '9', '--sample_interval', '0', '--out', str(tmp_path)])
     assert torch.load(tmp_path / 'ckpt.pt', weights_only=True)['step'] == 3
+    before = (tmp_path / 'ckpt.pt').read_bytes()                   # without a step there is no save
+    monkeypatch.setattr(train, 'training_batches', lambda *args: failing_at_once())
+    with pytest.raises(UserError, match='a hundred'):
+        train.main([*TINY, '--steps', '9', '--lr', '9', '--out', str(tmp_path)])
+    assert (tmp_path / 'ckpt.pt').read_bytes() == before
+
+
+def failing_at_once():
+    raise UserError('a hundred images in a row are unreadable')
+    yield
 
 
 # ---------------------------------------------------------------------------------------- schedules
