@@ -563,7 +563,7 @@ def jacobi_inverse(block, z, y, cfg, guidance, window, tol):
     inversion = Jacobi(block, z, y, cfg, guidance, min(window, T - 1), tol)
     with transposed_weights(block.transformer.layers, inversion.rows):
         again = capture(inversion.step, z.device)
-        while inversion.known.item() < T:                            # waits for the device
+        while inversion.known.item() < T:                          # waits for the device
             for _ in range(4 if z.device.type == 'cuda' else 1):
                 again()
     return block.reorder(inversion.x)
