@@ -548,7 +548,7 @@ def save(trainer, data):
         if is_due(trainer.config.keep_interval, trainer.step):
             target = os.path.join(trainer.config.out, f'ckpt_{trainer.step:07d}.pt')
             with whole(target) as kept:
-                copy_or_link(path, kept)
+                link_or_copy(path, kept)
     except (OSError, RuntimeError) as e:                           # the latter is torch's
         with contextlib.suppress(OSError):
             os.remove(path + '.tmp')
@@ -557,7 +557,7 @@ def save(trainer, data):
                         'the same command resumes from it')
 
 
-def copy_or_link(path, copy):
+def link_or_copy(path, copy):
     """A second name for the same file takes no time and no room; not all file systems know it."""
     try:
         os.link(path, copy)
@@ -595,7 +595,7 @@ def resume(trainer, data):
         raise UserError(f'{path} does not hold what its options say ({str(e).splitlines()[0]}); '
                         'use the version that trained it, or another --out')
     changed = [f', --{k} {show(was[k])} -> {show(v)}' for k, v in now.items()
-               if was[k] != v and k != 'init']                     # long done with
+               if was[k] != v and k != 'init']
     if now['init'] and os.path.abspath(now['init']) != os.path.abspath(was['init']):
         changed.append(', not from --init, which is for a new --out')
     trainer.config.init = was['init']

@@ -142,7 +142,7 @@ def test_decoding_as_on_a_gpu_is_the_same(longer, monkeypatch, name, pieces):
     T, size = z.shape[1], math.ceil(z.shape[1] / pieces)
     expected = flow.sample(z, y, 2.0, GUIDANCE[name])
     monkeypatch.setattr(Inversion, 'pieces', lambda self: [(min(t + size, T), min(size, T - 1 - t))
-                                                         for t in range(0, T - 1, size)])
+                                                           for t in range(0, T - 1, size)])
     sample = flow.sample(z, y, 2.0, GUIDANCE[name])
     torch.testing.assert_close(sample, expected, rtol=1e-4, atol=1e-4)
 
