@@ -298,7 +298,7 @@ SHARES = 'class_drop constant ema beta2 gan_beta1 gan_beta2 holdout'.split()
 NANO = dict(data='shapes', image_size=32, latent_dim=16, vae_width=64, vae_mults=(1,), vae_patch=4,
             width=128, heads=2, layers=(1, 2), l1=8.0, l2=50.0, lpips=0.0, gan=0.0, gan_width=32,
             gan_layers=2, batch_size=32, steps=800, optimizer='muon', lr=6e-3, lr_end=6e-5,
-            warmup=50, beta2=0.99, ema=0.999, workers=1, log_interval=25, save_interval=250,
+            warmup=15, beta2=0.99, ema=0.999, workers=1, log_interval=25, save_interval=250,
             sample_interval=200, holdout=0.01)
 STAGE_ONE = dict(epochs=80, constant=1.0)
 LEARNED = NANO | dict(codec='learned', sigma=0.0, latent_norm=False)

@@ -466,13 +466,13 @@ def adamw(weights, lr, betas, weight_decay=0.0):
 
 def hidden_weights(model):
     """-> (weight, matrices that are stacked in it) pairs, of what Muon trains: matrices of the
-    flow's layers, and convolutions of more than 16 channels on either side."""
+    flow's layers, and convolutions of 16 channels or more on either side."""
     pairs = []
     for module in model.modules():
         if isinstance(module, Layer):
             pairs += [(module.attn.qkv.weight, 3), (module.attn.proj.weight, 1),
                       (module.mlp[0].weight, 1), (module.mlp[2].weight, 1)]
-        elif isinstance(module, nn.Conv2d) and min(module.weight.shape[:2]) > 16:
+        elif isinstance(module, nn.Conv2d) and min(module.weight.shape[:2]) >= 16:
             pairs.append((module.weight, 1))
     return [(weight, parts) for weight, parts in pairs if weight.requires_grad]
 
@@ -485,7 +485,7 @@ class Muon(torch.optim.Optimizer):
     the products.  A step is about as long as AdamW's, so that learning rates fit (Liu et al. 2025,
     arXiv:2502.16982).  found_inf: a tensor; 1 skips the step, as torch's fused optimizers do.
     """
-    MOMENTUM = 0.95
+    MOMENTUM = 0.9                                                 # 0.95 there: see RESULTS.md
 
     def __init__(self, weights, lr, dtype):
         groups = {}                                                # of one shape: one product each
