@@ -984,7 +984,7 @@ def main(argv):
     config.check()
     if config.dry_run:
         return print_plan(config)
-    process = find_process(config.device, config.dtype, config.compile)
+    process = find_process(config.device, config.dtype, config.compile, training=True)
     if process.compile:
         process.compile = can_compile(process, asked=config.compile)
     data = process.rank_0_first(open_data, config.data)

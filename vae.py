@@ -179,7 +179,7 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, h):
         if not torch.compiler.is_compiling():
-            return super().forward(h)
+            return super().forward(h.float())                      # as autocast has it on GPUs
         # Compiled, torch's own leaves channels_last, and all convolutions have to copy what it
         # made. Statistics of channels first, then of groups, read the memory in its order.
         x = h.permute(0, 2, 3, 1).float()                          # (B, h, w, C)

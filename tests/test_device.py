@@ -127,6 +127,18 @@ def test_a_cpu_does_not_ask_for_a_gpu(two_gpus):
     assert (process.device.type, process.dtype, process.compile) == ('cpu', torch.float32, False)
 
 
+@pytest.mark.parametrize('flags, dtype', [('avx512f avx512_bf16', torch.bfloat16),
+                                          ('avx512f', torch.float32)])
+def test_a_cpu_trains_in_bfloat16_if_it_has_it(tmp_path, monkeypatch, flags, dtype):
+    for name in ('enable_flash_sdp', 'allow_fp16_bf16_reduction_math_sdp'):
+        monkeypatch.setattr(torch.backends.cuda, name, lambda on: None)
+    monkeypatch.setattr(model, 'CPU_INFO', str(tmp_path / 'cpuinfo'))
+    assert find_process('cpu', training=True).dtype == torch.float32             # not on Linux
+    (tmp_path / 'cpuinfo').write_text(f'flags : fpu {flags}\n')
+    assert find_process('cpu', training=True).dtype == dtype
+    assert find_process('cpu').dtype == torch.float32
+
+
 @pytest.mark.parametrize('asked', [None, True])
 def test_without_a_compiler_training_is_eager(monkeypatch, capsys, asked):
     def no_compiler(function):

@@ -28,7 +28,7 @@ import train
 from vae import LPIPS, Discriminator
 
 TINY = ('--image_size 16 --vae_width 8 --latent_dim 4 --width 16 --layers 1,1,2 --gan_width 8 '
-        '--batch_size 8 --workers 0 --device cpu --gan 0.1 --holdout 0').split()
+        '--batch_size 8 --workers 0 --device cpu --dtype float32 --gan 0.1 --holdout 0').split()
 
 
 def python(*args):
@@ -66,7 +66,7 @@ def same(a, b):
 
 @pytest.mark.parametrize('extra', [
     ['--gan_adaptive', '0'], ['--gan_start', '3', '--grad_accum', '2'],
-    ['--optimizer', 'muon', '--vae_width', '20']])
+    ['--optimizer', 'muon', '--vae_width', '20', '--dtype', 'bfloat16']])
 def test_resume_is_bit_exact(tmp_path, monkeypatch, capsys, extra):
     """20 + 20 steps are 40, whatever is cut: the log's averages too, of which one spans the cut and
     a skipped step."""
