@@ -1,6 +1,6 @@
 """Train SimFlow: one forward, everything learns together.
 
-    python train.py                                            5 minutes on two cores, built-in data
+    python train.py                                     2 to 6 minutes on two cores, built-in data
     python train.py --model S --data imagenet/train --grad_accum 8 --out out/S        one GPU
     torchrun --nproc_per_node=8 train.py --model XXL --grad_ckpt 1 --out out/XXL
 

@@ -9,6 +9,8 @@ are seconds of this process, which others disturb less.
     python tests/bench.py --device cuda --sizes S XXL
     # under a minute: does it work, at small sizes
     python tests/bench.py --quick 1
+    # a step of nano on a CPU that trains in bfloat16
+    python tests/bench.py --sections step --dtype bfloat16
     # what parallel decoding does for your model
     python tests/bench.py --sections jacobi --ckpt out/ckpt.pt
 
@@ -47,11 +49,11 @@ CLASSES = 1000
 class Machine:
     """Where to measure, how long, and how"""
 
-    def __init__(self, device, threads, quick):
+    def __init__(self, device, threads, quick, dtype=''):
         torch.set_num_threads(threads)
         self.quick, cuda = quick, device.startswith('cuda')
         self.clock = time.process_time if threads == 1 and device == 'cpu' else time.perf_counter
-        self.process = find_process(device, compile=False)
+        self.process = find_process(device, dtype, compile=False)
         self.device = self.process.device
         self.turns = 2 if quick else 3                                 # least, of each comparison
         self.seconds = 1.0 if quick else 3.0 if cuda else 20.0
@@ -533,6 +535,7 @@ def main(argv):
     parser.add_argument('--sections', nargs='+', choices=SECTIONS,
                         help='default: all; on a GPU ' + ', '.join(ON_A_GPU))
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--dtype', default='', help="sample.py's; train.py may have another")
     parser.add_argument('--threads', type=int, default=os.cpu_count())
     parser.add_argument('--tol', type=float, default=Options.tol, help='of parallel decoding')
     parser.add_argument('--sizes', nargs='+', choices=SIZES,
@@ -546,7 +549,7 @@ def main(argv):
     cuda = args.device.startswith('cuda')
     args.sections = args.sections or (ON_A_GPU if cuda else SECTIONS)
     args.sizes = args.sizes or (['S', 'XXL'] if cuda else ['nano'])
-    machine = Machine(args.device, args.threads, bool(args.quick))
+    machine = Machine(args.device, args.threads, bool(args.quick), args.dtype)
     print(', '.join(f'{name}: {fact}' for name, fact in machine.facts.items()))
     results = {}
     for name in args.sections:
