@@ -385,7 +385,8 @@ def open_data(name):
         raise UserError(f'{name} is neither a folder nor an intact zip; give one that has images '
                         'in it')
     except OSError as e:
-        raise UserError(f'{name} could not be read ({e.strerror}); give a folder or a zip that can')
+        raise UserError(f'{name} could not be read ({e.strerror}); give a folder or a zip that '
+                        'can be read')
 
 
 # ----------------------------------------------------------------------------------------- batches
@@ -544,12 +545,11 @@ def main(argv):
     parser.add_argument('--size', type=int, default=256, help='pixels per side')
     parser.add_argument('--workers', type=int, default=os.cpu_count(), help='processes')
     args = parser.parse_args(argv)
-    if args.size < 1 or args.workers < 0:
-        raise UserError('--size must be positive and --workers must not be negative')
-    if not args.dst.endswith('.zip'):
-        raise UserError(f'{args.dst} must end in .zip')
-    if os.path.exists(args.dst):
-        raise UserError(f'{args.dst} exists already; remove it, or give another name')
+    require(args.size > 0 and args.workers >= 0,
+            '--size must be positive and --workers must not be negative')
+    require(args.dst.endswith('.zip'), f'{args.dst} must end in .zip')
+    require(not os.path.exists(args.dst),
+            f'{args.dst} exists already; remove it, or give another name')
     data = open_data(args.src)
     for note in data.notes:
         print(note)
@@ -687,6 +687,12 @@ class UserError(Exception):
     """One sentence: what was wrong, and what to do."""
 
 
+def require(fine, sentence):
+    """UserError with that sentence unless fine"""
+    if not fine:
+        raise UserError(sentence)
+
+
 def cli(main):
     """Run main(arguments) as a program: mistakes, files that can't be read or written, and Ctrl-C
     end in one sentence, not in a traceback."""
@@ -803,12 +809,15 @@ def refuse_negative(options):
 
 
 @contextlib.contextmanager
-def whole(path):
-    """-> name of a temporary file to write, which then becomes `path`; a failure leaves neither."""
-    temporary = f'{path}.{os.urandom(8).hex()}.tmp'
+def whole(path, temporary=''):
+    """-> name of a temporary file to write, which then becomes `path`; a failure leaves `path` as
+    it was. temporary: a fixed name, where kills must not pile up files."""
+    temporary = temporary or f'{path}.{os.urandom(8).hex()}.tmp'
     os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
     try:
         yield temporary
+        with open(temporary, 'rb+') as f:                          # so that a power cut leaves no
+            os.fsync(f.fileno())                                   # half of it, either
         os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):
@@ -844,8 +853,11 @@ def download_to(path, url, name):
 
 def hexdigest(path, kind):
     """Of a file. kind: md5 or sha256"""
+    digest = hashlib.new(kind)
     with open(path, 'rb') as f:
-        return hashlib.new(kind, f.read()).hexdigest()
+        while part := f.read(2 ** 20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 if __name__ == '__main__':

@@ -29,9 +29,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import (Unreadable, UserError, cli, crop, fetch, hexdigest, open_data, option,
-                  parse_options, refuse_damage, refuse_damaged, refuse_negative, whole)
-from model import (RECON, TOL, check_sampling, find_process, generator, grid, load_model,
-                   note_on_guidance, plot, psnr, sample_images, to_uint8, tolerance,
+                  parse_options, refuse_damage, refuse_damaged, refuse_negative, require,
+                  whole)
+from model import (RECON, TOL, check_sampling, find_process, from_uint8, generator, grid,
+                   load_model, note_on_guidance, plot, psnr, sample_images, to_uint8, tolerance,
                    with_weights_in)
 from vae import load_lpips
 
@@ -71,10 +72,6 @@ class Options:
 
     def check(self):
         """Raise UserError for what can't be done."""
-        def require(fine, sentence):
-            if not fine:
-                raise UserError(sentence)
-
         refuse_negative(self)
         tolerance(self.decode, self.tol)
         encodes = bool(self.reconstruct or self.latents or self.classify)
@@ -142,11 +139,13 @@ class Mixed(nn.Module):
                 c = channels
 
     def forward(self, h):
-        outs = []
+        outs, done = [], {}
         for branch in self.branches:
             out = self.pool(h) if branch is self.branches[-1] else h
             for name, *_ in branch:
-                out = self.get_submodule(name)(out)
+                if name not in done:                               # branches may begin alike
+                    done[name] = self.get_submodule(name)(out)
+                out = done[name]
             outs.append(out)
         return torch.cat(outs, dim=1)
 
@@ -173,30 +172,19 @@ def mixed_17(c):
         [('branch_pool', 192, 1)])
 
 
-class Mixed8(nn.Module):
-    """A block on the grid of 8 x 8: kernels of 3 x 3, as a row and a column side by side.
-    (B, cin, 8, 8) -> (B, 2048, 8, 8)"""
-
-    def __init__(self, cin, pool):
-        super().__init__()
-        self.pool = pool
-        self.branch1x1 = conv(cin, 320, 1)
-        self.branch3x3_1 = conv(cin, 384, 1)
-        self.branch3x3_2a = conv(384, 384, (1, 3), padding='same')
-        self.branch3x3_2b = conv(384, 384, (3, 1), padding='same')
-        self.branch3x3dbl_1 = conv(cin, 448, 1)
-        self.branch3x3dbl_2 = conv(448, 384, 3, padding='same')
-        self.branch3x3dbl_3a = conv(384, 384, (1, 3), padding='same')
-        self.branch3x3dbl_3b = conv(384, 384, (3, 1), padding='same')
-        self.branch_pool = conv(cin, 192, 1)
-
-    def forward(self, h):
-        single = self.branch3x3_1(h)
-        double = self.branch3x3dbl_2(self.branch3x3dbl_1(h))
-        return torch.cat([self.branch1x1(h),
-                          self.branch3x3_2a(single), self.branch3x3_2b(single),
-                          self.branch3x3dbl_3a(double), self.branch3x3dbl_3b(double),
-                          self.branch_pool(self.pool(h))], dim=1)
+def mixed_8(cin, pool):
+    """A block on the grid of 8 x 8: kernels of 3 x 3, as a row and a column side by side"""
+    row, column = (1, 3), (3, 1)
+    single = ('branch3x3_1', 384, 1)
+    double = ('branch3x3dbl_1', 448, 1), ('branch3x3dbl_2', 384, 3)
+    return Mixed(
+        cin, pool,
+        [('branch1x1', 320, 1)],
+        [single, ('branch3x3_2a', 384, row)],
+        [single, ('branch3x3_2b', 384, column)],
+        [*double, ('branch3x3dbl_3a', 384, row)],
+        [*double, ('branch3x3dbl_3b', 384, column)],
+        [('branch_pool', 192, 1)])
 
 
 class Inception(nn.ModuleDict):
@@ -232,8 +220,8 @@ class Inception(nn.ModuleDict):
                 [('branch7x7x3_1', 192, 1), ('branch7x7x3_2', 192, (1, 7)),
                  ('branch7x7x3_3', 192, (7, 1)), ('branch7x7x3_4', 192, 3, 2)],
                 []),
-            'Mixed_7b': Mixed8(1280, AVERAGE),
-            'Mixed_7c': Mixed8(2048, MAXIMUM),
+            'Mixed_7b': mixed_8(1280, AVERAGE),
+            'Mixed_7c': mixed_8(2048, MAXIMUM),
             'fc': nn.Linear(2048, 1008)})
 
     def forward(self, images):
@@ -293,7 +281,8 @@ def random_inception():
 
 # A network whose features are compared: images (B, 3, H, W) uint8 -> features (B, width), logits
 # (B, K) or None, spatial features (B, S) or None; without the last two, no Inception score or sFID.
-# weights: its name in files of statistics. prefix: of its numbers' names; without, they are FID's.
+# weights: what files of statistics call the network. prefix: of the names of its numbers; '' for
+# Inception, whose are FID and its relatives.
 Features = namedtuple('Features', 'network width weights prefix')
 INCEPTION_URL = ('https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/'
                  'pt_inception-2015-12-05-6726825d.pth')
@@ -393,9 +382,9 @@ class Statistics:
         """Add up the processes -> the dictionary above, without n, size and what follows; features
         only on process 0. UserError if a feature of `name` is not finite."""
         features, process = torch.cat(self.features).cpu(), self.process
+        for total in self.sums.values():
+            process.sum(total)
         if process.world > 1:
-            for total in self.sums.values():
-                dist.all_reduce(total)
             shares = [None] * process.world if process.rank == 0 else None
             dist.gather_object(features, shares)
             if process.rank == 0:
@@ -527,8 +516,8 @@ def distortion(image, recon, std):
 
         -log2 p = ((image - recon)^2 / (2 std^2) + log(std sqrt(2 pi))) / log 2 + log2(127.5).
 
-    With the rate it makes the negative ELBO. That is large where the encoder collapses, the rate
-    small.
+    With the rate it makes the negative ELBO. Where the encoder collapses, this part is large and
+    the rate small.
     """
     error = (image - recon).square().mean((1, 2, 3)) / (2 * std ** 2)
     nats = error + math.log(std * math.sqrt(2 * math.pi))
@@ -583,8 +572,8 @@ class Means:
     def result(self):
         """-> name -> (...). To be called once, by all processes"""
         for total in self.sums.values():
-            self.process.mean(total)
-            total *= self.process.world / self.n
+            self.process.sum(total)
+            total /= self.n
         return self.sums
 
 
@@ -716,9 +705,9 @@ def load_batches(data, index, size, options, process):
             images = [pixels for _, pixels in loaded]
             refuse_other_sizes(data, index[positions], images, side, first)
             yield positions, np.stack(images)
-    count = torch.tensor(float(len(broken)))
-    process.mean(count)
-    refuse_damage(broken, round(count.item() * process.world), len(index))
+    count = torch.tensor(len(broken))
+    process.sum(count)
+    refuse_damage(broken, count.item(), len(index))
     if broken:
         names = ', '.join(sorted(broken)[:10])
         tqdm.write(f'unreadable, and replaced by the images after them: {names}')
@@ -864,7 +853,7 @@ def encode(options, process, trained, data, index):
         noise = torch.stack(noise).to(device)                      # (b, T, D)
         y = data.labels[numbers] if known else np.full(len(numbers), model.flow.null_class)
         y = torch.from_numpy(y).to(device)
-        image = (2 * zero_to_one(pixels) - 1).to(device)
+        image = from_uint8(torch.from_numpy(pixels).permute(0, 3, 1, 2)).to(device)
         with process.autocast():
             x, mu, sigma = model.latents(image, noise)
         yield Encoded(positions, pixels, image, y, x, mu, sigma, noise)
@@ -984,7 +973,7 @@ def interpolate(options, process, trained, data):
     some = np.random.default_rng(options.seed).permutation(len(data))[:8]
     size = trained.config.image_size
     pixels = np.stack([load_pixels(data, i, size)[1] for i in some])           # (8, H, W, 3)
-    image = (2 * zero_to_one(pixels) - 1).to(process.device)
+    image = from_uint8(torch.from_numpy(pixels).permute(0, 3, 1, 2)).to(process.device)
     with process.autocast():
         ends, _ = trained.model.vae.encode(image)                              # (8, T, D)
     way = torch.linspace(0, 1, 9, device=ends.device).view(9, 1, 1)

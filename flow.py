@@ -470,7 +470,8 @@ def capture(step, device):
         graph, stream = torch.cuda.CUDAGraph(), capture_stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
-            # Threads that load data go on meanwhile.
+            # Not torch.cuda.graph, which first waits for the device and empties its cache. Threads
+            # that load data go on meanwhile.
             graph.capture_begin(capture_error_mode='thread_local')
             try:
                 step()                                             # is recorded, and does not run
@@ -709,9 +710,9 @@ class SiT(Transformer):
         return error.square().mean((1, 2))
 
     @torch.no_grad()
-    def sample(self, z, y, cfg=0.0, guidance=None, tol=0.0, steps=50, heun=True):
+    def sample(self, z, y, cfg=0.0, guidance=None, tol=0.0, steps=50):
         """z ~ N(0, I) (B, T, D), y (B,) -> x (B, T, D): integrates the velocity from t = 1 to 0 in
-        equal steps, by Heun's rule or Euler's. cfg extrapolates velocities."""
+        equal steps, by Heun's rule. cfg extrapolates velocities."""
         null = torch.full_like(y, self.null_class)
 
         def velocity(x, t):
@@ -724,8 +725,7 @@ class SiT(Transformer):
         for i in range(steps):
             t, dt = 1 - i / steps, 1 / steps
             v = velocity(z, t)
-            if heun:
-                v = (v + velocity(z - dt * v, t - dt)) / 2
+            v = (v + velocity(z - dt * v, t - dt)) / 2
             z = z - dt * v
         return z
 

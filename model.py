@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import DAMAGED, UserError, fetch, option, refuse_negative, whole
+from data import DAMAGED, UserError, fetch, option, refuse_negative, require, whole
 from flow import GUIDANCE, Flow, Layer, SiT, TARFlow, TARVPFlow, VPFlow, shift
 from vae import LearnedVAE, Pixels, VAE
 
@@ -65,7 +65,8 @@ class SimFlow(nn.Module):
         entropy (B,) of a learned sigma, mu (B, T, D)
 
         nll is in nats per latent dimension, without the constant 0.5 log(2 pi). With a constant
-        sigma the entropy of q(x | image) is one, too, and no part of the loss (SimFlow A.3): 0.
+        sigma the entropy of q(x | image) is constant, too, and left out of the loss (SimFlow A.3):
+        0.
         """
         x, mu, sigma = self.latents(image, noise)
         nll = self.flow.nll(x, y)
@@ -100,7 +101,7 @@ class SimFlow(nn.Module):
         return torch.cat([self.vae.decode(part) for part in x.chunk(parts)])
 
 
-# Of the images that are decoded at once: 64 of 256 pixels, whose feature maps take about 10 GB.
+# Decoded at once: 64 images of 256 x 256 pixels, whose feature maps take about 10 GB.
 DECODE_PIXELS = 64 * 256 ** 2
 
 
@@ -131,8 +132,8 @@ class Config:
 
     codec: str = option('vae', 'image <-> latents: vae, learned (variance), or pixels')
     sigma: float = option(0.5, "standard deviation of the noise on the latents, SimFlow's constant")
-    noise: str = option('additive', 'how it is put there: additive, linear or slerp (both also '
-                                    '_random), or uniform')
+    noise: str = option('additive', 'how the noise is added: additive, linear or slerp (both '
+                                    'also _random), or uniform')
     latent_norm: bool = option(True, "LayerNorm of each token's mu")
     latent_dim: int = option(64, 'channels of a token, D')
     vae_width: int = option(128, "channels of the VAE's first level")
@@ -163,7 +164,7 @@ class Config:
                       "DINOv2's weights")
     repa_weight: float = option(1.0, 'weight of the alignment')
     repa_block: tuple[int, ...] = option((3,), 'blocks that are aligned, from 1 on, image -> noise')
-    repa_layer: int = option(1, 'after which of their layers, from 1 on')
+    repa_layer: int = option(1, 'the layer of these blocks whose output is aligned, from 1 on')
     repa_width: int = option(2048, 'width of the MLP between flow and teacher')
     gan: float = option(0.1, 'weight of the adversarial loss; 0 is off')
     gan_start: int = option(0, 'first step with the adversarial loss')
@@ -171,7 +172,7 @@ class Config:
                                        "VQGAN's")
     gan_lr: float = option(1e-4, 'learning rate of the discriminator')
     gan_beta1: float = option(0.9, "first beta of the discriminator's Adam; 0.5 in VQGAN")
-    gan_beta2: float = option(0.999, 'its second; 0.9 in VQGAN')
+    gan_beta2: float = option(0.999, "second beta of the discriminator's Adam; 0.9 in VQGAN")
     gan_width: int = option(64, "channels of the discriminator's first layer")
     gan_layers: int = option(3, "the discriminator's stride-2 layers")
 
@@ -213,10 +214,6 @@ class Config:
 
     def check(self):
         """Raise UserError for what cannot be built or trained."""
-        def require(fine, sentence):
-            if not fine:
-                raise UserError(sentence)
-
         for name, table in TABLES.items():
             require(getattr(self, name) in table, f'--{name} {getattr(self, name)} must be one of: '
                     f'{", ".join(row or "(nothing)" for row in table)}')
@@ -250,9 +247,9 @@ class Config:
         world = int(os.environ.get('WORLD_SIZE', 1)) if planned else 1
         require(self.batch_size % (world * self.grad_accum) == 0, f'--batch_size {self.batch_size} '
                 f'must be a multiple of {world} processes times --grad_accum {self.grad_accum}')
-        self.check_system(require)
+        self.check_system()
 
-    def check_system(self, require):
+    def check_system(self):
         """The same, for what only some presets use."""
         pixels, learned, sit = self.codec == 'pixels', self.codec == 'learned', self.prior == 'sit'
         require(not pixels or len(self.vae_mults) == 1,
@@ -531,11 +528,15 @@ class Process:
             return module
         return DistributedDataParallel(module, gradient_as_bucket_view=True)
 
-    def mean(self, values):
+    def sum(self, values):
         """In place, over the processes."""
         if self.world > 1:
             dist.all_reduce(values)
-            values /= self.world
+
+    def mean(self, values):
+        """In place, over the processes."""
+        self.sum(values)
+        values /= self.world
 
     def max(self, number):
         """Largest of the processes' integers. By gloo, so no process waits for its GPU."""
@@ -561,7 +562,7 @@ class Process:
 
     def rank_0_first(self, work, *args):
         """Each process's own result of work(*args), first on process 0, which may download what
-        the others then find; or the UserError that process 0 raised."""
+        the others then find; or the UserError or OSError that process 0 raised."""
         own = []
 
         def keep():                                                # not to be sent to the others
@@ -578,7 +579,8 @@ class Process:
 
 def find_process(device='', dtype='', compile=None, training=False):
     """-> Process: the best device here, or the one asked for, as torchrun's environment has it; in
-    the dtype asked for, or the faster one. UserError for a device or dtype that is not."""
+    the dtype asked for, or the faster one. UserError for a device that can't be used, or another
+    dtype."""
     check_launch()
     kind, *index = device.split(':')
     if index and int(os.environ.get('LOCAL_WORLD_SIZE', 1)) > 1:
@@ -618,7 +620,7 @@ CPU_INFO = '/proc/cpuinfo'                                         # on Linux
 
 def gains_by_bfloat16(device, training):
     """Is bfloat16 faster than float32? Old GPUs and most CPUs only emulate it, many times slower.
-    Those that have it are slower in it at sampling, a token at a time."""
+    CPUs that have it gain in training, but not in sampling, a token at a time."""
     if device.type == 'cuda':
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != 'cpu' or not training or not os.path.exists(CPU_INFO):
@@ -665,7 +667,7 @@ TRAIN, SAMPLE, RECON, DIFFUSION = range(4)                         # random stre
 
 
 def mix_seed(*integers):
-    """-> an integer of 63 bits"""
+    """-> an integer of 63 bits. Zeros at the end count for nothing: (1, 0) has the seed of (1,)."""
     return int(np.random.SeedSequence(integers).generate_state(1, np.uint64)[0] >> 1)
 
 
@@ -683,11 +685,11 @@ def load_checkpoint(path, option='--ckpt', mmap=False):
         state = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
         if 'blocks.0.pos_embed' in state:
             state = from_tarflow(state, path)
-        state['class_names'], state['step'], state['ema']
+        state['class_names'], state['step'], state['ema']          # KeyError if one is missing
         known = dataclasses.asdict(Config())
         # The weights of our first SiT have the same names, but times, positions and GELU differ.
         older = state['config'].get('prior') == 'sit' and 'unit_std' not in state['config']
-        for part in state.keys() & {'model', 'ema'}:
+        for part in [name for name in ('model', 'ema') if name in state]:
             state[part] = {new_name(name): value for name, value in state[part].items()}
             if state['config'].get('codec') == 'learned':          # older ones lack it
                 state[part].setdefault('vae.std', torch.ones(()))
@@ -714,7 +716,8 @@ def load_checkpoint(path, option='--ckpt', mmap=False):
 
 
 def new_name(name):
-    """Of a weight, in checkpoints from when a block was its transformer, and one was aligned."""
+    """A weight's present name. In older checkpoints a block was itself the transformer, and at most
+    one block was aligned."""
     name = re.sub(r'^projector\.', 'projectors.0.', name)
     return re.sub(r'^(flow\.blocks\.\d+\.)(?!transformer\.)', r'\1transformer.', name)
 
@@ -723,7 +726,8 @@ def from_tarflow(weights, path):
     """State dictionary of ml-tarflow's Model -> what train.py would have saved of it. What such
     weights do not know, the std of their noise, ends the file's name, as in ..._8_8_0.07.pth. Names
     of the classes are their numbers."""
-    (tokens, width), last = weights['blocks.0.pos_embed'].shape, max(weights, key=block_number)
+    tokens, width = weights['blocks.0.pos_embed'].shape
+    blocks = 1 + max(map(block_number, weights))
     dim = weights['blocks.0.proj_in.weight'].shape[1]
     channels = 3 if dim % 3 == 0 else 1
     patch = math.isqrt(dim // channels)
@@ -733,7 +737,7 @@ def from_tarflow(weights, path):
     sigma = re.search(r'_(0\.\d+)\.\w+$', os.path.basename(path))
     config = TAR | dict(prior='tarflow_vp' if vp else 'tarflow', latent_dim=dim, vae_patch=patch,
                         image_size=patch * math.isqrt(tokens), width=width, heads=width // 64,
-                        layers=(1 + block_number(last)) * (layers,),
+                        layers=blocks * (layers,),
                         sigma=float(sigma[1]) if sigma else 0.0, denoise=bool(sigma))
     ema = {'flow.variance': weights['var']} if vp else {}
     for name, value in weights.items():
@@ -750,8 +754,7 @@ def from_tarflow(weights, path):
             ema[re.sub(r'^blocks\.(\d+)', r'flow.blocks.\1.transformer', name)] = value
     if not classes:
         empty = torch.zeros(0, width)
-        ema |= {f'flow.blocks.{i}.transformer.classes.weight': empty
-                for i in range(len(config['layers']))}
+        ema |= {f'flow.blocks.{i}.transformer.classes.weight': empty for i in range(blocks)}
     return {'ema': ema, 'config': config, 'step': 0,
             'class_names': [str(i) for i in range(classes)]}
 
@@ -846,26 +849,24 @@ TOL = 1e-3                                                         # of --decode
 
 def tolerance(decode, tol):
     """Options of the same names -> tol of SimFlow.generate. UserError for what makes no sense."""
-    if decode not in ('sequential', 'jacobi'):
-        raise UserError(f'--decode {decode} must be sequential or jacobi')
-    if tol <= 0:
-        raise UserError(f'--tol must be positive, not {tol}; exact is --decode sequential')
-    if tol != TOL and decode == 'sequential':
-        raise UserError(f'--tol {tol} is for --decode jacobi; the sequential one is exact')
+    require(decode in ('sequential', 'jacobi'), f'--decode {decode} must be sequential or jacobi')
+    require(tol > 0, f'--tol must be positive, not {tol}; exact is --decode sequential')
+    require(tol == TOL or decode == 'jacobi',
+            f'--tol {tol} is for --decode jacobi; the sequential one is exact')
     return tol if decode == 'jacobi' else 0.0
 
 
 def check_sampling(config, gamma, guidance='', tol=0.0, denoise=None):
     """UserError for what a checkpoint with this configuration can't do."""
-    if denoise and (config.noise != 'additive' or config.codec == 'learned'):
-        raise UserError('--denoise 1 is for checkpoints of --noise additive and a constant --sigma')
-    if guidance not in ('', *GUIDANCE):
-        raise UserError(f'--guidance {guidance} must be one of: {", ".join(GUIDANCE)}')
-    asked = {'--gamma': gamma, '--decode jacobi': tol, '--guidance': guidance,
-             '--denoise 1': denoise}
-    if config.prior == 'sit' and any(asked.values()):
-        raise UserError(f'{" and ".join(name for name in asked if asked[name])}: needs a flow, but '
-                        'the checkpoint is a diffusion model (--prior sit)')
+    require(not denoise or config.noise == 'additive' and config.codec != 'learned',
+            '--denoise 1 is for checkpoints of --noise additive and a constant --sigma')
+    require(guidance in ('', *GUIDANCE),
+            f'--guidance {guidance} must be one of: {", ".join(GUIDANCE)}')
+    options = {'--gamma': gamma, '--decode jacobi': tol, '--guidance': guidance,
+               '--denoise 1': denoise}
+    asked = [name for name, value in options.items() if value]
+    require(not asked or config.prior != 'sit', f'{" and ".join(asked)}: needs a flow, but the '
+            'checkpoint is a diffusion model (--prior sit)')
 
 
 def note_on_guidance(config, class_names, cfg, gamma, guidance):

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 import torch
 from tqdm import tqdm
 
-from data import UserError, cli, option, parse_options, refuse_negative, whole
+from data import UserError, cli, option, parse_options, refuse_negative, require, whole
 from flow import JACOBI_IMAGES, jacobi_is_slower
 from model import (TOL, check_sampling, export, find_process, grid, load_model, note_on_guidance,
                    ready_to_sample, sample_images, tolerance)
@@ -27,16 +27,14 @@ class Options:
     """The options of sample.py, with their defaults."""
     ckpt: str = option('out/ckpt.pt', 'checkpoint of train.py; its EMA weights are used')
     cfg: float = option(0.0, 'guidance w, as --guidance has it; 0 is off (not 1)')
-    gamma: float = option(0.0, "SimFlow's score step after that, Eq. 6; the paper's is 0.25, 0 is "
-                               'off')
+    gamma: float = option(0.0, "size of SimFlow's score step (Eq. 6); 0.25 in the paper, 0 is off")
     guidance: str = option('', 'how --cfg guides: a row of GUIDANCE in flow.py, such as tarflow or '
                                "tarflow_tau (needs no labels); default: the checkpoint's")
     # torchrun takes --n for one of its own options.
     num_samples: int = option(80, 'images; image i is of class i mod the number of classes',
                               also=['--n'])
-    classes: list[str] = option((), 'names of the classes to draw, or their numbers from 0 on (a '
-                                    'name wins, and counts alone where all are numbers); '
-                                    'default: all')
+    classes: list[str] = option((), 'classes to draw: names, or, unless all names are numbers, '
+                                    'numbers from 0 on; default: all')
     decode: str = option('sequential', 'how the flow is inverted: sequential, token by token, or '
                                        'jacobi, several at once until they no longer change')
     tol: float = option(TOL, "jacobi's tolerance, relative change of a token: at 0.001 no pixel "
@@ -55,12 +53,12 @@ class Options:
     def check(self):
         """Raise UserError for values that make no sense."""
         for name in ('num_samples', 'batch_size'):
-            if getattr(self, name) < 1:
-                raise UserError(f'--{name} must be at least 1, not {getattr(self, name)}')
+            value = getattr(self, name)
+            require(value >= 1, f'--{name} must be at least 1, not {value}')
         refuse_negative(self)
         tolerance(self.decode, self.tol)
-        if self.out and not self.out.endswith(('.png', '.npz', '/')):
-            raise UserError(f'--out {self.out} must end in .png, in .npz or in / (a folder)')
+        require(not self.out or self.out.endswith(('.png', '.npz', '/')),
+                f'--out {self.out} must end in .png, in .npz or in / (a folder)')
 
 
 def choose_classes(wanted, class_names):
@@ -141,13 +139,7 @@ def save_npz(path, batches, labels, class_names):
                 np.lib.format.write_array(f, labels)
 
 
-def choose_writer(path):
-    """-> the function above that writes what `path` asks for"""
-    if path.endswith('.png'):
-        return save_grid
-    if path.endswith('.npz'):
-        return save_npz
-    return save_folder
+WRITERS = {'.png': save_grid, '.npz': save_npz}                    # of all else, save_folder
 
 
 def progress(batches, total, quiet):
@@ -192,7 +184,8 @@ def main(argv):
         for _ in batches:                                          # makes this process's share
             pass
         return
-    choose_writer(path)(path, batches, labels.numpy()[order], class_names)
+    write = WRITERS.get(os.path.splitext(path)[1], save_folder)
+    write(path, batches, labels.numpy()[order], class_names)
     print(f'{path}: {n} images, cfg {options.cfg}, gamma {options.gamma} (0 is off)')
 
 

@@ -8,7 +8,6 @@ Writes to --out: ckpt.pt, log.csv, log.png, samples_*.png (EMA weights, a row fo
 classes) and recon_*.png (originals above reconstructions). The same command resumes where the run
 stopped.
 """
-import contextlib
 import copy
 import csv
 import dataclasses
@@ -168,7 +167,7 @@ class Trainer:
         noise, y = draw_noise(c, self.classes, self.step, y, process)
         if self.adversarial != (c.gan > 0 and self.step >= c.gan_start):
             self.adversarial = not self.adversarial
-            self.graph, self.warm_steps = None, 0                  # steps are other ones now
+            self.graph, self.warm_steps = None, 0                  # a step now computes more
         if self.can_replay() and not self.graph:
             self.capture(image, y, noise)
         if self.graph:
@@ -423,8 +422,9 @@ class Trainer:
 
 
 def variance(mu):
-    """(b, T, D) -> variance over images, its mean over (T, D), of which one may take means over any
-    split of a batch, as one may not of stds; 0 for a single image"""
+    """(b, T, D) -> variance over images, its mean over (T, D); 0 for a single image. `validate`
+    takes its root after the mean over batches; the log's mu_std is a mean of micro-batches' roots.
+    """
     return mu.var(0).mean() if len(mu) > 1 else mu.new_zeros(())
 
 
@@ -435,8 +435,8 @@ class StepGraph:
     def __init__(self, gradients, image, y, noise):
         self.inputs = image.clone(), y.clone(), noise.clone()
         self.graph = torch.cuda.CUDAGraph()
-        # On the stream of the steps before, as gradients remember it. Threads that load data go on
-        # meanwhile.
+        # Captured on the stream of the steps before, to which autograd ties the sums of gradients.
+        # Threads that load data go on meanwhile.
         with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream(),
                               capture_error_mode='thread_local'):
             self.terms = gradients(*self.inputs)
@@ -530,31 +530,28 @@ def orthogonalize(matrices, dtype):
 # ----------------------------------------------------------------------------------- files and logs
 
 def save(trainer, data):
+    """Process 0 writes the checkpoint, and the others wait; UserError on all if it can't."""
+    trainer.process.on_rank_0(write_checkpoint, trainer, data)
+    trainer.saved = trainer.step
+
+
+def write_checkpoint(trainer, data):
     """Atomic: a kill at any moment leaves the old checkpoint or the new one, never half of either.
     UserError if it can't be written, as on a full disk."""
-    trainer.saved = trainer.step
-    if trainer.process.rank:
-        return
     path = target = os.path.join(trainer.config.out, 'ckpt.pt')
     state = trainer.state() | {'config': dataclasses.asdict(trainer.config),
                                'class_names': data.class_names, 'images': len(data)}
     try:
-        os.makedirs(trainer.config.out, exist_ok=True)             # somebody may have removed it
-        with open(path + '.tmp', 'wb') as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(path + '.tmp', path)
+        with whole(path, path + '.tmp') as temporary:
+            torch.save(state, temporary)
         if is_due(trainer.config.keep_interval, trainer.step):
             target = os.path.join(trainer.config.out, f'ckpt_{trainer.step:07d}.pt')
             with whole(target) as kept:
                 link_or_copy(path, kept)
     except (OSError, RuntimeError) as e:                           # the latter is torch's
-        with contextlib.suppress(OSError):
-            os.remove(path + '.tmp')
         raise UserError(f'{target} could not be written at step {trainer.step} '
-                        f'({str(e).splitlines()[0]}); {path} is untouched by that: make room, and '
-                        'the same command resumes from it')
+                        f'({str(e).splitlines()[0]}); make room, and the same command resumes from '
+                        'the last checkpoint, if there is one')
 
 
 def link_or_copy(path, copy):
@@ -605,7 +602,8 @@ def resume(trainer, data):
 
 
 def differences(saved, now, data):
-    """-> what of a checkpoint makes it another run's than that of options `now` on these data"""
+    """-> settings in which a checkpoint differs from options `now` and these data, of those that
+    make it another run"""
     was = saved['config']
     fixed = [k for k in FIXED_OPTIONS if now['align'] or not k.startswith('repa')]
     differs = [f'--{k} {show(was[k])} (now {show(now[k])})' for k in fixed if was[k] != now[k]]
@@ -684,13 +682,7 @@ PANELS = ('l1 l2 lpips', 'nll val_nll', 'mu_std val_mu_std', 'val_psnr', 'grad_n
 
 
 CFG = 2.0                                                          # of guided pictures
-HELD_OUT = 512                                                     # images, at most
-
-
-def check_held_out(held, config):
-    """UserError now, not at the first measurement, if no image can be read."""
-    if len(held):
-        held_out_batch(BatchDataset(held, config.image_size, 1, config.seed, False, 0, 1), 0)
+HELD_OUT = 512                                                     # images, or one micro-batch
 
 
 def held_out_batch(dataset, step):
@@ -710,7 +702,7 @@ def validate(trainer, held):
     trainer.release()                                              # memory is needed here
     size = c.batch_size // c.grad_accum
     steps = max(1, min(len(held), HELD_OUT) // size)
-    torch.manual_seed(mix_seed(DIFFUSION, c.seed))
+    torch.manual_seed(mix_seed(DIFFUSION, c.seed, 0, process.rank, 1))        # not as in training
     g = generator(process.device, RECON, c.seed)
     # Unreadable ones are replaced, and counted for nothing: they may be a large share of few.
     data = BatchDataset(held, c.image_size, size, c.seed, False, process.rank, process.world)
@@ -781,7 +773,7 @@ def train_flops(config, classes):
 
 
 def print_plan(config):
-    """What would be trained, from sizes alone: builds nothing, downloads nothing. UserError for
+    """What would be trained, from sizes alone: takes no memory, downloads nothing. UserError for
     data that are not there."""
     known = {'cifar10': (50_000, 10), 'fashion_mnist': (60_000, 10)}     # opening would download
     if config.data in known or config.data == Config.data and not os.path.exists(config.data):
@@ -845,7 +837,9 @@ class Meter:
         known = self.cuda and process.dtype == torch.bfloat16
         name = torch.cuda.get_device_name() if known else ''
         peak = max([flops for gpu, flops in PEAK.items() if gpu in name], default=0)
-        self.peak = peak and peak * process.world / train_flops(config, classes)   # images/s
+        self.peak = 0.0                                            # images/s at an MFU of 1
+        if peak:
+            self.peak = peak * process.world / train_flops(config, classes)
         self.batch_size = config.batch_size
         self.reset()
 
@@ -901,15 +895,12 @@ def is_due(interval, step):
     return interval > 0 and step % interval == 0
 
 
-def saves(config, step):
-    return is_due(config.save_interval, step) or is_due(config.keep_interval, step)
-
-
 def train(config, data, process):
     """Train to the end, to --stop_at or to a signal -> the signal's number, or 0. UserError if
     --out holds another run, SystemExit if no step is finite any more."""
     data, held = hold_out(data, config.holdout)
-    check_held_out(held, config)
+    if len(held):                                                  # fails now, not when measured
+        held_out_batch(BatchDataset(held, config.image_size, 1, config.seed, False, 0, 1), 0)
     steps = total_steps(config, len(data))
     last = min(steps, config.stop_at or steps)
     trainer = Trainer(config, len(data.class_names), process)
@@ -939,7 +930,8 @@ def train(config, data, process):
             validates = len(held) > 0 and (done or (draws and not stopped))
             if validates or done or is_due(config.log_interval, trainer.step):
                 write_row(trainer, log, meter, lr, steps, held if validates else None)
-            if stopped or ends or saves(config, trainer.step):
+            keeps = is_due(config.keep_interval, trainer.step)
+            if stopped or ends or keeps or is_due(config.save_interval, trainer.step):
                 save(trainer, data)
             if draws or ends and config.sample_interval:
                 save_pictures(trainer, data, log)
@@ -957,7 +949,7 @@ def next_batch(trainer, data, meter, feed):
         error = e
     if trainer.process.max(int(error is not None)):
         if trainer.step > trainer.saved:
-            trainer.process.on_rank_0(save, trainer, data)
+            save(trainer, data)
         raise error or SystemExit(2)
     return batch
 

@@ -7,6 +7,7 @@ import functools
 import itertools
 import os
 import multiprocessing
+from pathlib import Path
 import shutil
 import signal
 import subprocess
@@ -210,8 +211,8 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(tmp_path, monkey
     train.main([*options, '1'])
     before = (tmp_path / 'ckpt.pt').read_bytes()
 
-    def half(state, file):
-        file.write(b'half')
+    def half(state, path):
+        Path(path).write_bytes(b'half')
         raise error
     monkeypatch.setattr(torch, 'save', half)
     message = f'ckpt.pt could not be written at step 2 .*{error.args[-1]}'
