@@ -67,8 +67,8 @@ class Options:
     batch_size: int = option(50, 'images at once, per process')
     out: str = option('', 'directory for pictures; default: where --ckpt is')
     device: str = option('', 'cuda, mps, cpu; default: the best there is')
-    dtype: str = option('', 'float32 or bfloat16; default: what --dtype was in training, else '
-                       'bfloat16 if the GPU has it')
+    dtype: str = option('', 'float32 or bfloat16; default: float32 if --dtype was that in '
+                       'training, else bfloat16 if the GPU has it')
 
     def check(self):
         """Raise UserError for what can't be done."""
@@ -1152,7 +1152,8 @@ def main(argv):
         trained = Trained(*load_model(options.ckpt))
         check_sampling(trained.config, any(options.gamma), options.guidance,
                        tolerance(options.decode, options.tol))
-        dtype = dtype or trained.config.dtype
+        if not dtype and trained.config.dtype == 'float32':
+            dtype = 'float32'
     process = find_process(options.device, dtype)
     if options.num_samples < process.world:
         raise UserError(f'--num_samples must be at least {process.world}, one per process')

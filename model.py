@@ -193,7 +193,8 @@ class Config:
     seed: int = option(0, 'random seed')
 
     device: str = option('', 'cuda, mps, cpu; default: the best there is')
-    dtype: str = option('', 'float32 or bfloat16 (autocast); default: the faster one')
+    dtype: str = option('', 'float32 or bfloat16 (autocast); default: bfloat16 on GPUs and CPUs '
+                            'that have it')
     compile: bool | None = option(None, 'torch.compile; default: on CUDA GPUs')
     grad_accum: int = option(1, 'micro-batches per step')
     grad_ckpt: bool = option(False, 'recompute activations in backward: slower, less memory')
@@ -298,7 +299,8 @@ NANO = dict(data='shapes', image_size=32, latent_dim=16, vae_width=64, vae_mults
             warmup=15, beta2=0.99, ema=0.999, workers=1, log_interval=25, save_interval=250,
             sample_interval=200, holdout=0.01)
 STAGE_ONE = dict(epochs=80, constant=1.0)
-LEARNED = NANO | dict(codec='learned', sigma=0.0, latent_norm=False)
+# In bfloat16 mu would be rounded by as much as such an encoder leaves of sigma.
+LEARNED = NANO | dict(codec='learned', sigma=0.0, latent_norm=False, dtype='float32')
 # Blocks of equal depth, every one guided, a denoising step at the end. Large ones as published,
 # without average and clipping, and with an epoch of warm-up.
 PIXEL_FLOW = dict(codec='pixels', prior='tarflow', vae_mults=(1,), l1=0.0, l2=0.0, lpips=0.0,
@@ -320,7 +322,7 @@ PRESETS = {
     'XXL': dict(width=1152, heads=16, layers=(2, 2, 2, 2, 2, 46)),
     'XXL_repa': dict(align='forward'),
     # What the papers compare with, at nano's size. Noise (SimFlow Table 6):
-    'no_noise': NANO | dict(sigma=0.0),                            # collapses
+    'no_noise': NANO | dict(sigma=0.0, dtype='float32'),           # collapses
     'linear': NANO | dict(noise='linear'),
     'slerp': NANO | dict(noise='slerp'),
     'linear_random': NANO | dict(noise='linear_random'),
@@ -501,7 +503,8 @@ def detached_pass(flow, inputs, z, y, first):
 ALIGN = {'': None, 'forward': forward_pass, 'reverse': detached_pass,
          'reverse_through': generative_pass}
 TABLES = {'codec': CODECS, 'noise': NOISE, 'prior': PRIORS, 'guidance': GUIDANCE, 'align': ALIGN,
-          'freeze': ('', 'encoder', 'vae'), 'optimizer': ('adamw', 'muon')}
+          'freeze': ('', 'encoder', 'vae'), 'optimizer': ('adamw', 'muon'),
+          'dtype': ('', 'float32', 'bfloat16')}
 
 
 # --------------------------------------------------------------------- processes and random numbers

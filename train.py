@@ -540,6 +540,7 @@ def write_checkpoint(trainer, data):
     UserError if it can't be written, as on a full disk."""
     path = target = os.path.join(trainer.config.out, 'ckpt.pt')
     state = trainer.state() | {'config': dataclasses.asdict(trainer.config),
+                               'dtype': str(trainer.process.dtype),
                                'class_names': data.class_names, 'images': len(data)}
     try:
         with whole(path, path + '.tmp') as temporary:
@@ -592,7 +593,10 @@ def resume(trainer, data):
         raise UserError(f'{path} does not hold what its options say ({str(e).splitlines()[0]}); '
                         'use the version that trained it, or another --out')
     changed = [f', --{k} {show(was[k])} -> {show(v)}' for k, v in now.items()
-               if was[k] != v and k != 'init']
+               if was[k] != v and k not in ('init', 'dtype')]
+    dtype = str(trainer.process.dtype)                             # by default, the machine's
+    if saved.get('dtype', dtype) != dtype:
+        changed.append(f', {saved["dtype"]} -> {dtype}')
     if now['init'] and os.path.abspath(now['init']) != os.path.abspath(was['init']):
         changed.append(', not from --init, which is for a new --out')
     trainer.config.init = was['init']

@@ -34,7 +34,8 @@ from model import RECON, find_process, generator, load_model, sample_images, to_
 # of pixels has as many layers as the others.
 SIZE = ('--width 96 --layers 1,1,2 --vae_width 48 --optimizer adamw --lr 1e-3 '
         '--lr_end 1e-5 --warmup 100 --l1 0 --l2 100 --save_interval 200 --sample_interval 0 '
-        '--log_interval 100 --workers 0 --holdout 0 --device cpu').split()
+        '--log_interval 100 --workers 0 --holdout 0 --device cpu '
+        '--dtype float32').split()
 TEACHER = '--repa random --repa_layer 1 --repa_width 256'
 # name: what it is, options of train.py, the row whose checkpoint it starts from
 ROWS = {

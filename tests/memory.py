@@ -89,8 +89,9 @@ def step_memory(trainer, memory, batch, world=1):
 
 def predict_memory(config, classes, world=1):
     """step_memory of one of `world` processes, from fake CPU tensors. Attention is taken to be
-    fused, as it is on GPUs with bfloat16: no T x T matrix. Not in it: what torch.compile changes,
-    CUDA's context, cuDNN's workspaces, gaps between blocks of memory."""
+    fused: no T x T matrix, which a CPU has in bfloat16; without a --dtype one is taken to be in
+    float32. Not in it: what torch.compile changes, CUDA's context, cuDNN's workspaces, gaps between
+    blocks of memory."""
     half = (config.dtype or config.device) not in ('float32', 'cpu', 'mps')
     process = Process(torch.device('cpu'), torch.bfloat16 if half else torch.float32, compile=False)
     accum = min(2, config.grad_accum)                              # a third one is like the second

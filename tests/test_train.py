@@ -244,6 +244,14 @@ def test_checkpoints_that_are_kept(tmp_path):
     assert steps == [5, 2, 4]
 
 
+def test_another_dtype_is_announced(tmp_path, capsys):
+    options = TINY + ['--sample_interval', '0', '--out', str(tmp_path)]
+    train.main([*options, '--steps', '1'])
+    train.main([*options, '--steps', '2', '--dtype', 'bfloat16'])
+    said = 'at step 1, --steps 1 -> 2, torch.float32 -> torch.bfloat16\n'
+    assert said in capsys.readouterr().out
+
+
 def test_other_data_are_announced(tmp_path, capsys):
     options = TINY + ['--sample_interval', '0', '--out', str(tmp_path / 'out'), '--steps']
     for n in (24, 28):
