@@ -61,8 +61,8 @@ class Unreadable(Exception):
 
 def rgb(image):
     """PIL image of any mode -> RGB, what is transparent composited on white"""
-    # Pillow would clip these modes at 255. We take long integers to have 16 bits, and floats to end
-    # at 1, 255 or 65535, the first that none exceeds.
+    # Pillow would clip these modes at 255. We assume that integers have 16 bits, and that floats
+    # range to 1, 255 or 65535, the first of these that no value exceeds.
     if image.mode.startswith(('I', 'F')):
         values = np.nan_to_num(np.asarray(image, float))
         top = 65535
@@ -135,7 +135,7 @@ def walk(folder, above=()):
         return
     try:
         for entry in os.scandir(folder):
-            # Only where a link leads is worth a question to the disk: a million take long.
+            # We ask the disk only where links lead: asking about a million files takes long.
             is_folder = os.path.isdir(entry) if entry.is_symlink() else entry.is_dir()
             if is_folder:
                 yield from walk(entry.path, (*above, real))
@@ -188,7 +188,7 @@ def skip_header(f, offset):
 
 class Files(Data):
     """The images of a Folder or a Zip. Folders around everything don't count; the top folders below
-    are the classes, unless a dataset.json as StyleGAN and EDM have it numbers the images."""
+    are the classes, unless a dataset.json, as StyleGAN and EDM have it, gives class numbers."""
 
     def __init__(self, source):
         index, tables, others = [], [], []
@@ -270,7 +270,7 @@ def number_or_name(name):
 
 
 def notes_on(others, root, images):
-    """Names of the files that are no images, and, less the root's, of the images -> sentences about
+    """Names of files that are no images, root of the images, their names below it -> sentences on
     what was left out"""
     notes, endings = [], [posixpath.splitext(name)[1] or 'without an ending' for name in others]
     if others:
@@ -476,7 +476,7 @@ def prefetch(dataset, indices, workers, pin=False):
     # Windows has no such masks.
     if not hasattr(signal, 'pthread_sigmask'):
         return iter(loader)
-    # A Ctrl-C now is for this process alone. It has to wait until the others ignore it.
+    # A Ctrl-C is for this process alone, so it has to wait until the new ones ignore it.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         return iter(loader)
@@ -734,7 +734,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def option(default, help, also=(), bare=False):
-    """A dataclass's field that is an option. also: other names.  bare: a value may stand alone."""
+    """A dataclass's field that is an option. also: other names.  bare: its name may be left out."""
     return dataclasses.field(default=default, metadata=dict(help=help, also=also, bare=bare))
 
 

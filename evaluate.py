@@ -41,14 +41,14 @@ SPLITS = 10                                # of the Inception score, and thus th
 
 @dataclass
 class Options:
-    """The command line. A word that is not an option's is --samples."""
+    """The command line. An argument without an option name is --samples."""
     samples: str = option('', 'images to measure: a folder, a zip, an npz (arr_0), or statistics '
                           'in an npz', bare=True)
     ref: str = option('', 'images to compare with: the same, or a data set by name')
     save_ref: str = option('', 'npz for the statistics of --ref, for later runs to name as --ref')
     ckpt: str = option('', 'checkpoint of train.py: to sample from, or to look into')
     reconstruct: str = option('', 'images to encode and decode')
-    latents: bool = option(False, 'measure the latent space, of --reconstruct or the training data')
+    latents: bool = option(False, 'statistics of the latents of --reconstruct or the training data')
     classify: str = option('', 'images of the same classes to tell apart by their likelihood')
     num_samples: int = option(50_000, 'images to sample; of given images, how many to use at most',
                               also=['--n'])
@@ -63,7 +63,7 @@ class Options:
     weights: str = option('', "Inception's weights; default: downloaded once to torch.hub")
     lpips_vgg: str = option('', "torchvision's VGG16 weights; default: downloaded once")
     lpips_heads: str = option('', "LPIPS v0.1's linear heads; default: downloaded once")
-    decoder_std: float = option(0.1, "of the ELBO's Gaussian decoder, on pixels in [-1, 1]")
+    decoder_std: float = option(0.1, "std of the ELBO's Gaussian decoder, pixels in [-1, 1]")
     batch_size: int = option(50, 'images at once, per process')
     out: str = option('', 'directory for pictures; default: where --ckpt is')
     device: str = option('', 'cuda, mps, cpu; default: the best there is')
@@ -304,7 +304,7 @@ def load_inception(options):
                      INCEPTION_DIGEST, 'put it there by hand, name a copy: --weights, or use '
                      '--features random')
     net = Inception()
-    # A plain dict may lack counts of batches, as this file does: it says no version of BatchNorm.
+    # A plain dict may lack num_batches_tracked, as this file does: it has no version metadata.
     net.load_state_dict(dict(torch.load(path, map_location='cpu', weights_only=True)))
     return Features(net.eval().requires_grad_(False), 2048, INCEPTION_DIGEST, prefix='')
 
@@ -353,14 +353,14 @@ class Statistics:
         images = torch.from_numpy(images).permute(0, 3, 1, 2).to(self.process.device)
         # A Mac's GPU has no float64.
         device = 'cpu' if images.device.type == 'mps' else images.device
-        # Copies to a GPU wait for all work before them. After these nothing waits, so that it is
-        # busy with this batch while the next one is read.
+        # Copies to a GPU wait for all earlier work. So these come first, and nothing waits after
+        # them: the GPU works on this batch while the next one is read.
         kept = torch.from_numpy(np.flatnonzero(self.kept[positions])).to(device)
         split = F.one_hot(torch.from_numpy(self.split[positions]), SPLITS).double().to(device)
         outs = [out if out is None else out.to(device) for out in self.network(images)]
         pool, logits, spatial = outs
         self.features.append(pool.index_select(0, kept))
-        # With a 1 at the end of f, f f^T holds f and 1, too.
+        # With a 1 appended to f, the sum of f f^T also holds the sum of f, and n.
         pool = F.pad(pool.double(), (0, 1), value=1.0)
         self.add_product('pool', pool, pool)
         if spatial is not None:
@@ -630,8 +630,8 @@ def read_statistics(path):
 
 def given_statistics(path, arrays, size, features):
     """Statistics of images of `size` pixels per side (None: of any) among the arrays of an npz; {}
-    if there are none, or none that count here. UserError if they are of others: a distance would
-    mean nothing."""
+    if there are none, or none for these features. UserError if size, preparation or network differ:
+    a distance would mean nothing."""
     if 'mu' not in arrays or 'sigma' not in arrays:
         return {}
     given = dict(arrays)
@@ -664,7 +664,7 @@ def save_statistics(path, statistics):
             arrays[name] = value
         elif value is not None:
             facts[name] = value
-    if 'size' in facts:                                            # ADM's stay as they came
+    if 'size' in facts:                                            # else ADM's, which have none
         arrays['facts'] = np.array(json.dumps(facts))
     with whole(path) as temporary, open(temporary, 'wb') as f:
         np.savez(f, **arrays)
@@ -739,9 +739,9 @@ def measure(batches, n, kept, name, features, process):
 
 
 def source_statistics(source, options, features, process):
-    """Those given, or made now of its images, with the features of all samples, or of some
-    reference images. Where statistics come with images, as in ADM's files, the images are for
-    precision and recall alone."""
+    """The source's own statistics, or new ones of its images, with the features of all samples or
+    of some reference images. Where a file has both, as ADM's do, the images are for precision and
+    recall alone."""
     path, data, index, size, given = source
     if data is None:
         return given
@@ -998,8 +998,8 @@ def by_gradient(flow, x):
 
 
 def by_null_gradient(flow, x):
-    """The same where the flow was trained: at "no class" itself, towards each class's embedding
-    (ours)."""
+    """The same at "no class" itself, with which our flow is trained, towards each class's embedding
+    (our variant)."""
     no_class = F.pad(x.new_zeros(len(x), flow.null_class), (0, 1), value=1.0)
     return gradient_in_weights(flow, x, no_class)
 
@@ -1027,8 +1027,8 @@ CLASSIFIERS = {'gradient at softmax(0)': by_gradient, 'gradient at no class': by
 
 
 def classify(options, process, trained):
-    """Tell the classes of --classify's images apart by p(x | class), in three ways. The gradients'
-    scores have a part that is the same for all images; `centred` is without."""
+    """Classify the images of --classify by p(x | class), in three ways. The gradients' scores have
+    a part that is the same for all images; `centred` is the accuracy without it."""
     path = options.classify
     data, index = open_images(path, options.num_samples, process)
     if not data.class_names or data.class_names != trained.class_names:

@@ -62,7 +62,7 @@ class Layer(nn.Module):
         self.ada = nn.Linear(width, 6 * width)
 
     def condition(self, cond):
-        """What is known of the class, (B, C) -> modulation, 6 x (B, 1, C)"""
+        """Embedding of class (and time) (B, C) -> modulation, 6 x (B, 1, C)"""
         ada = self.ada(cond).float().unsqueeze(1)                  # (B, 1, 6C)
         shift1, scale1, gate1, shift2, scale2, gate2 = ada.chunk(6, dim=-1)
         return shift1, 1 + scale1, gate1, shift2, 1 + scale2, gate2
@@ -70,8 +70,8 @@ class Layer(nn.Module):
     def forward(self, h, modulation, cache=None, window=None):
         """modulation: what `condition` returned"""
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
-        # Attention and MLP are in the dtype of the weights, or autocast's. Norms, shifts, gates and
-        # the sum h of all layers stay in float32.
+        # Attention and MLP run in the weights' dtype, or in autocast's. Norms, shifts, gates and
+        # the residual stream h stay in float32.
         dtype = self.mlp[0].weight.dtype
         r = self.attn(modulate(h, shift1, scale1, self.eps).to(dtype), cache, window)
         h = torch.addcmul(h, gate1, r.float())
@@ -95,8 +95,8 @@ class Transformer(nn.Module):
         self.grad_ckpt = False                                     # recompute layers in backward?
         self.proj_in = nn.Linear(dim, width)
         self.pos = nn.Parameter(torch.randn(tokens, width) * 0.02)
-        # The last row is "no class". Of std 1, nn.Embedding's: SimFlow names none, and DiT's 0.02
-        # learned more slowly in nano.
+        # The last row is "no class". Std 1 is nn.Embedding's default: SimFlow gives no value, and
+        # with DiT's 0.02 nano learned more slowly.
         self.classes = nn.Embedding(classes + 1, width)
         self.layers = nn.ModuleList(self.Layer(width, heads, causal) for _ in range(layers))
         self.ada = nn.Linear(width, 2 * width)
@@ -110,8 +110,8 @@ class Transformer(nn.Module):
         nn.init.zeros_(self.proj_out.weight)
 
     def condition(self, y, time=0.0):
-        """Class indices y (B,), or weights (B, classes + 1), the last of "no class"; time (B, C) of
-        diffusion -> what each layer and then the head want to know of them: lists of (B, 1, C)"""
+        """Class indices y (B,), or weights (B, classes + 1), the last for "no class"; time (B, C)
+        if diffusion -> modulations: one for each layer, then the head's, of (B, 1, C) tensors"""
         if y.dim() == 1:
             embedding = self.classes(y)                            # (B, C)
         else:
@@ -192,7 +192,7 @@ class Guidance(NamedTuple):
     rule: combines the conditional and the unconditional prediction.
     every_block: guide all blocks, not the deep one alone.
     anneal: the weight rises in proportion to the number of tokens that were read.
-    tau: 0: the unconditional side is "no class". Else it is the same class at this attention
+    tau: if 0, the unconditional side is "no class"; else the same class at this attention
     temperature, which needs no labels (1 would be no guidance).
     """
     rule: Callable
@@ -260,11 +260,11 @@ def shift(out):
 
 class Flow(nn.Module):
     """Blocks in the direction image -> noise, reading forwards and backwards in turn. The last one
-    is deep in L, XL and XXL, while in S and B all are alike. Sampling runs it first, and --cfg, as
-    STARFlow has it, guides it alone.
+    is deep in L, XL and XXL; in S and B all are equally deep. Sampling runs it first, and with
+    STARFlow's guidance --cfg acts on it alone.
 
-    layers: transformer layers of each block; with none at all the flow is the Gaussian N(0, I).
-    classes: how many, 0 for data without labels; as a class index it means "no class".
+    layers: transformer layers of each block; without blocks, (), the flow is the Gaussian N(0, I).
+    classes: their number, 0 for data without labels; this number as an index means "no class".
     """
     Block = Block
 
@@ -277,8 +277,8 @@ class Flow(nn.Module):
             for i, n in enumerate(layers))
 
     def forward(self, x, y, inputs=None):
-        """x (B, T, D), y as in `Transformer.condition` -> z (B, T, D), logdet (B,) = log |dz/dx|. A
-        list `inputs` gets each block's input (B, T, D)."""
+        """x (B, T, D), y as in `Transformer.condition` -> z (B, T, D), logdet (B,) = log |dz/dx|.
+        Appends each block's input (B, T, D) to the list `inputs`, if given."""
         logdet = x.new_zeros(len(x), dtype=torch.float32)
         for block in self.blocks:
             if inputs is not None:
@@ -301,10 +301,10 @@ class Flow(nn.Module):
     def sample(self, z, y, cfg=0.0, guidance=GUIDANCE['starflow'], tol=0.0):
         """z ~ N(0, I) (B, T, D), y (B,) -> x (B, T, D)
 
-        cfg is w of the guidance: 0 is off. Blocks that it leaves alone still see the class. tol > 0
-        decodes in parallel, to that relative tolerance of each block's tokens; 0 goes token by
-        token. Matrix products are in the dtype of the weights, whatever autocast says: it would
-        cast all of them anew for every token.
+        cfg is w of the guidance: 0 is off. Unguided blocks still see the class. tol > 0 decodes in
+        parallel, each block's tokens to that relative tolerance; 0 goes token by token. Matrix
+        products run in the weights' dtype, with autocast off: it would cast all weights again for
+        every token.
         """
         with no_autocast(z.device):
             for block in reversed(self.blocks):
@@ -316,7 +316,7 @@ class Flow(nn.Module):
                 else:
                     z = block.inverse(z, y, w, guidance)
         if z.device.type == 'cuda':
-            torch.cuda.empty_cache()                               # no later graph could use theirs
+            torch.cuda.empty_cache()                               # free the graphs' private pools
         return z
 
     @torch.enable_grad()
@@ -346,8 +346,8 @@ class Flow(nn.Module):
         return torch.cat(out)
 
     def score_batches(self, x, copies):
-        """-> slices of x (B, T, D) whose activations fit, with each image `copies` times in the
-        batch: backward keeps all of them."""
+        """-> slices of x (B, T, D) that fit in memory with each image `copies` times in the batch:
+        backward keeps all activations."""
         hidden = sum(len(block.transformer.layers) * block.transformer.pos.numel()
                      for block in self.blocks)                     # T x C x layers
         size = max(1, score_elements(x.device) // max(1, copies * hidden))
@@ -355,8 +355,8 @@ class Flow(nn.Module):
 
 
 def score_elements(device):
-    """-> hidden states, B x T x C x layers, of one batch of the score step. In bfloat16 they take
-    about 40 bytes each: 16 images of XXL, with and without the class, need 20 GB."""
+    """-> elements of hidden states, B x T x C x layers, in the largest batch of the score step. In
+    bfloat16 each takes about 40 bytes: 16 images of XXL, with and without the class, need 20 GB."""
     if device.type != 'cuda':
         return 2 ** 25
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -383,16 +383,16 @@ class Window(NamedTuple):
         k, v = cache[:, :, :, :self.mask.shape[1]]
         q = q if self.tau is None else q / self.tau
         if torch.compiler.is_compiling() and q.shape[2] == 1 and len(q) >= 32:
-            # One query per head mostly waits for keys and values to be read. With XXL's 72 channels
-            # cuDNN's kernel took 225 us where these take 160 to 170 (H200, 512 rows).
+            # With one query per head most of the time goes into reading keys and values. At XXL's
+            # 72 channels per head cuDNN took 225 us, these lines 160 to 170 (H200, 512 rows).
             scores = (q * k).sum(-1, dtype=torch.float32) / math.sqrt(q.shape[-1])     # (B, H, L)
             return (scores + self.mask).softmax(-1).to(v.dtype).unsqueeze(2) @ v
         return F.scaled_dot_product_attention(q, k, v, self.mask)
 
 
 class Inversion:
-    """A block that is being inverted: x (B, T, D) so far, in reading order, and the keys and values
-    of all layers. The next step reads the n tokens `at` (n,), and looks at the first `length`.
+    """The state of a block's inversion: x (B, T, D) so far, in reading order, and all layers' keys
+    and values. The next step reads the n tokens at `at` (n,), and attends to the first `length`.
 
     A step changes tensors in place, positions too, and never waits for the device, so that a CUDA
     graph of one step can be replayed.
@@ -446,13 +446,13 @@ class Inversion:
         self.at += 1
 
     def pieces(self):
-        """-> (places that attention looks at, tokens to read with that) pairs. A CUDA graph looks
-        at a fixed number of places, of which the last ones may be empty yet."""
+        """-> pairs (length that attention covers, tokens to read with it). In a CUDA graph the
+        length is fixed, so its last positions may still be empty."""
         (T, width), pieces = self.transformer.pos.shape, []
         if self.x.device.type != 'cuda':
             size = 1
-        elif self.rows * T < 6 * width:                            # few keys beside the weights:
-            size = T                                               # one capture is soonest done
+        elif self.rows * T < 6 * width:                            # KV cache small beside weights:
+            size = T                                               # a single capture is fastest
         else:
             size = math.ceil(T / 4)
         for t in range(0, T - 1, size):
@@ -470,8 +470,8 @@ def capture(step, device):
         graph, stream = torch.cuda.CUDAGraph(), capture_stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
-            # Not torch.cuda.graph, which first waits for the device and empties its cache. Threads
-            # that load data go on meanwhile.
+            # Not torch.cuda.graph, which first waits for the device and empties its cache.
+            # thread_local: threads that load data may use CUDA meanwhile.
             graph.capture_begin(capture_error_mode='thread_local')
             try:
                 step()                                             # is recorded, and does not run
@@ -492,9 +492,9 @@ def capture_stream(device):
 
 @contextlib.contextmanager
 def transposed_weights(layers, rows):
-    """Inside, the weights of `layers` lie in memory transposed, which changes no result but by
-    rounding: a CPU then multiplies from 4 to 16 rows, as sampling has them, 1.2 to 2 times as fast.
-    Fewer are left alone, as they would be slower."""
+    """A context in which the weights of `layers` are stored transposed; results change only by
+    rounding. A CPU then multiplies 4 to 16 rows, as in sampling, 1.2 to 2 times as fast. With fewer
+    rows it would be slower, so nothing is done."""
     linears = []
     if rows >= 4 and next(layers.parameters()).device.type == 'cpu':
         for layer in layers:
@@ -512,10 +512,10 @@ def transposed_weights(layers, rows):
 # ---------------------------------------------------------- siblings: decoding many tokens at once
 
 # Tokens that Jacobi solves at once: about the fastest with trained flows of 64 and of 256 tokens.
-# The deep block ties neighbours so closely that those far ahead would be worked on in vain.
+# In the deep block neighbours depend so closely on each other that work far ahead is wasted.
 WINDOW, WINDOW_DEEP = 64, 24
-# Jacobi has several times as much to compute, so a CPU with more images than these, guided ones
-# counted twice, is faster token by token.
+# Jacobi computes several times as much, so on a CPU, for more images than this (guided ones count
+# twice), token by token is faster.
 JACOBI_IMAGES = 4
 
 
@@ -525,7 +525,7 @@ def jacobi_is_slower(device, images, cfg):
 
 
 class Jacobi(Inversion):
-    """A block that is being inverted `n` tokens at a time. known (): so many tokens are final."""
+    """A block's inversion, `n` tokens at a time. known (): the number of tokens that are final."""
 
     def __init__(self, block, z, y, cfg, guidance, n, tol):
         super().__init__(block, z, y, cfg, guidance, n)
@@ -554,9 +554,9 @@ class Jacobi(Inversion):
 def jacobi_inverse(block, z, y, cfg, guidance, window, tol):
     """As Block.inverse, `window` tokens at a time: z (B, T, D), y (B,) -> x (B, T, D).
 
-    An iteration makes the first unknown token exact, and mostly brings several near their final
-    values. The window then moves on past its leading tokens that changed by at most `tol` of their
-    norm, in all images, but at least past the first. With tol 0 that is token by token, but slower.
+    An iteration makes the first unknown token exact, and usually brings several more close to their
+    final values. The window then moves past the leading tokens that changed by at most `tol` of
+    their norm in all images, at least past the first. tol 0 amounts to token by token, but slower.
     """
     T = z.shape[1]
     if T == 1:
@@ -581,9 +581,9 @@ class VPBlock(Block):
 
 
 class VPFlow(Flow):
-    """TARFlow's ablation without scales. No layer can make z have variance 1, so its mean square at
-    every (t, d) is tracked (rate 0.1) while training, and sampling starts from it. Likelihood and
-    score stay those of N(0, I), which it is trained with."""
+    """TARFlow's ablation without scales: no layer can bring z to variance 1, so training tracks its
+    mean square at every (t, d) (rate 0.1), and sampling starts from noise of that variance.
+    Likelihood and score stay those of N(0, I), with which it is trained."""
     Block = VPBlock
 
     def __init__(self, dim, tokens, width, heads, layers, classes):
@@ -598,7 +598,7 @@ class VPFlow(Flow):
         return z, logdet
 
     def track(self, mean, failed):
-        """End a training step; mean: in place, over processes. One that failed (1) is left out."""
+        """End a training step. mean: averages over processes in place. failed: 1 skips the step."""
         square = torch.stack(self.squares).mean(0)
         self.squares.clear()
         mean(square)
@@ -677,8 +677,8 @@ class SiT(Transformer):
     Table 7): all layers in one stack, without the causal mask, time beside the class in adaLN.
 
     It predicts the velocity noise - x of the line (1 - t) x + t noise, 0 < t < 1. In place of a
-    likelihood `nll` has the squared error of that, which is as good to train with. Positions, GELU
-    and first weights are as in the released code, whose t runs the other way.
+    likelihood, `nll` returns the velocity's squared error, which serves just as well as a loss.
+    Positions, GELU and initial weights are as in the released code, whose t runs the other way.
     """
 
     def __init__(self, dim, tokens, width, heads, layers, classes):
@@ -701,8 +701,8 @@ class SiT(Transformer):
         return self(x, self.condition(y, time))
 
     def nll(self, x, y):
-        """x (B, T, D), y (B,) -> (B,) mean squared error of the velocity at a random time, from
-        torch's global random numbers"""
+        """x (B, T, D), y (B,) -> (B,) mean squared error of the velocity at a random time, drawn
+        from torch's global generator"""
         t = torch.rand(len(x), device=x.device)
         noise = torch.randn_like(x)
         between = torch.lerp(x, noise, t.view(-1, 1, 1))

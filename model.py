@@ -34,8 +34,8 @@ from vae import LearnedVAE, Pixels, VAE
 
 
 class SimFlow(nn.Module):
-    """Codec (a VAE in all but the pixel presets) and prior (a flow in all but one). classes: how
-    many, 0 for data without labels; as a class index it means "no class"."""
+    """Codec (a VAE in all but the pixel presets) and prior (a flow in all but one). classes:
+    their number, 0 for data without labels; this number as an index means "no class"."""
 
     def __init__(self, config, classes):
         super().__init__()
@@ -57,7 +57,7 @@ class SimFlow(nn.Module):
 
     def kl(self, nll, sigma):
         """nll (B,), sigma a number or (B, T, D) -> (B,) KL(q(x | image) || p(x)), nats per
-        dimension, from one draw of x; bits per dimension times log 2 for dequantised pixels"""
+        dimension, from one draw of x; for dequantised pixels, bits per dimension times log 2"""
         return nll - self.noise.entropy - log_sigma(sigma, nll)
 
     def forward(self, image, y, noise):
@@ -65,8 +65,7 @@ class SimFlow(nn.Module):
         entropy (B,) of a learned sigma, mu (B, T, D)
 
         nll is in nats per latent dimension, without the constant 0.5 log(2 pi). With a constant
-        sigma the entropy of q(x | image) is constant, too, and left out of the loss (SimFlow A.3):
-        0.
+        sigma the entropy of q(x | image) is constant, too, and left out (SimFlow A.3): 0.
         """
         x, mu, sigma = self.latents(image, noise)
         nll = self.flow.nll(x, y)
@@ -76,9 +75,9 @@ class SimFlow(nn.Module):
     def generate(self, y, noise, cfg=0.0, gamma=0.0, guidance='', tol=0.0, denoise=None):
         """y (B,), noise (B, T, D) -> images (B, 3, H, W) in [-1, 1], NaN where not finite
 
-        cfg: w of guidance, a row of GUIDANCE, by default the preset's. gamma: SimFlow's score step
-        (Eq. 6). 0 turns either off. tol: of parallel decoding; 0 goes token by token. denoise: end
-        by TARFlow's step; None: if the preset has it.
+        cfg: w of the guidance. guidance: a row of GUIDANCE, default the preset's. gamma: weight of
+        SimFlow's score step (Eq. 6). 0 turns cfg or gamma off. tol: of parallel decoding; 0 goes
+        token by token. denoise: end with TARFlow's denoising step; None: as the preset does.
         """
         x = self.flow.sample(noise, y, cfg, GUIDANCE[guidance or self.guidance], tol)
         null = torch.full_like(y, self.flow.null_class)
@@ -91,7 +90,7 @@ class SimFlow(nn.Module):
         if steps:
             x = self.flow.score_step(x, steps)
         image = self.decode(x)
-        # An infinity is as broken as NaN, which clamp leaves.
+        # Infinities become NaN too: clamp would hide them, but keeps NaN.
         return torch.where(image.isfinite(), image, math.nan).clamp(-1, 1)
 
     def decode(self, x):
@@ -139,7 +138,7 @@ class Config:
     vae_width: int = option(128, "channels of the VAE's first level")
     vae_mults: tuple[int, ...] = option((1, 1, 2, 2, 4), 'multipliers of --vae_width, a number '
                                                          'per level')
-    vae_patch: int = option(1, 'pixels per side that the first level takes as one')
+    vae_patch: int = option(1, 'pixels per side folded into one before the first level')
     prior: str = option('flow', 'what models the latents: flow, vp (no scales), tarflow, '
                                 'tarflow_vp, or sit (diffusion)')
     width: int = option(1152, "width of the flow's transformers, C")
@@ -159,7 +158,7 @@ class Config:
     lpips: float = option(1.0, 'weight of the perceptual loss; 0 is off')
     lpips_vgg: str = option('', "torchvision's VGG16 weights; default: download once")
     lpips_heads: str = option('', "LPIPS v0.1's linear heads; default: download once")
-    align: str = option('', 'with a teacher: forward (REPA-E), reverse, reverse_through (R-REPA)')
+    align: str = option('', 'alignment: forward (REPA-E), reverse or reverse_through (R-REPA)')
     repa: str = option('dinov2', 'the teacher: dinov2 (downloaded once), random, or a file of '
                       "DINOv2's weights")
     repa_weight: float = option(1.0, 'weight of the alignment')
@@ -186,7 +185,7 @@ class Config:
     warmup: int = option(0, 'steps of linear warm-up')
     constant: float = option(0.5, 'share of the run at constant learning rate, before the cosine')
     beta2: float = option(0.999, "Adam's second beta")
-    weight_decay: float = option(0.0, "AdamW's")
+    weight_decay: float = option(0.0, 'weight decay of AdamW')
     clip: float = option(1.0, 'largest gradient norm')
     ema: float = option(0.9999, 'decay of the weight average')
     class_drop: float = option(0.1, 'probability of training without the class')
@@ -243,7 +242,7 @@ class Config:
         require(self.l1 + self.l2 > 0 or self.codec == 'pixels',
                 'one of --l1 and --l2 must be positive: nothing else teaches the decoder')
         require(self.epochs + self.steps > 0, 'one of --steps and --epochs must be positive')
-        # Alone, WORLD_SIZE counts in the plan only: what would each of so many processes do?
+        # WORLD_SIZE without RANK counts in the plan only: no process would know its share.
         planned = self.dry_run or 'RANK' in os.environ
         world = int(os.environ.get('WORLD_SIZE', 1)) if planned else 1
         require(self.batch_size % (world * self.grad_accum) == 0, f'--batch_size {self.batch_size} '
@@ -289,20 +288,20 @@ POSITIVE = ('image_size latent_dim vae_width vae_patch width heads gan_width gan
             'grad_accum lr clip log_interval repa_layer repa_width').split()
 SHARES = 'class_drop constant ema beta2 gan_beta1 gan_beta2 holdout'.split()
 # A row is what differs from Config's defaults, which are XXL's (SimFlow Tables 8 and 9).
-# nano is for a CPU. Patches of 4 pixels make its VAE small, and 64 tokens of 16 channels are easier
-# to learn for it than 16 of 64. Without a perceptual loss the pixel error needs the larger weight:
-# a larger one still makes better reconstructions, and latents that the flow learns more slowly. An
-# adversarial loss made it worse at this size: see RESULTS.md.
+# nano is for a CPU. Patches of 4 pixels make its VAE small, and it learns 64 tokens of 16 channels
+# more easily than 16 of 64. Without a perceptual loss the pixel error needs more weight; even
+# more makes better reconstructions, but latents that the flow learns more slowly. An
+# adversarial loss made results worse at this size: see RESULTS.md.
 NANO = dict(data='shapes', image_size=32, latent_dim=16, vae_width=64, vae_mults=(1,), vae_patch=4,
             width=128, heads=2, layers=(1, 2), l1=8.0, l2=50.0, lpips=0.0, gan=0.0, gan_width=32,
             gan_layers=2, batch_size=32, steps=1000, optimizer='muon', lr=6e-3, lr_end=6e-5,
             warmup=15, beta2=0.99, ema=0.999, workers=1, log_interval=25, save_interval=250,
             sample_interval=200, holdout=0.01)
 STAGE_ONE = dict(epochs=80, constant=1.0)
-# In bfloat16 mu would be rounded by as much as such an encoder leaves of sigma.
+# In bfloat16, rounding would move mu by as much as the sigma that such an encoder may learn.
 LEARNED = NANO | dict(codec='learned', sigma=0.0, latent_norm=False, dtype='float32')
-# Blocks of equal depth, every one guided, a denoising step at the end. Large ones as published,
-# without average and clipping, and with an epoch of warm-up.
+# Blocks of equal depth, every one guided, a denoising step at the end. The large presets (TAR) are
+# as published: no weight average, no clipping, one epoch of warm-up.
 PIXEL_FLOW = dict(codec='pixels', prior='tarflow', vae_mults=(1,), l1=0.0, l2=0.0, lpips=0.0,
                   gan=0.0, guidance='tarflow', denoise=True, beta2=0.95, weight_decay=1e-4)
 TARFLOW = NANO | PIXEL_FLOW | dict(latent_dim=48, sigma=0.05, layers=(2, 2, 2, 2))
@@ -392,7 +391,7 @@ def linear_random(mu, sigma, eps):
 
 
 def slerp_random(mu, sigma, eps):
-    # Of the noise; in Table 6 it is mu that is multiplied by t.
+    # Here t multiplies the noise; in Table 6 it multiplies mu.
     t = random_t(eps)
     return (1 - t ** 2).sqrt() * mu + t * eps
 
@@ -405,7 +404,7 @@ def random_t(eps):
 
 
 def uniform(mu, sigma, eps):
-    """On mu +- sigma: dequantisation, for which levels are 2 / 255 apart"""
+    """Uniform on mu +- sigma: dequantisation if sigma = 1 / 255, as levels are 2 / 255 apart"""
     return mu + sigma * torch.erf(eps / math.sqrt(2))
 
 
@@ -424,8 +423,8 @@ NOISE = {'additive': Noise(additive), 'linear': Noise(linear), 'slerp': Noise(sl
 
 
 class Aligned(SimFlow):
-    """SimFlow whose flow is to see what a teacher sees: `forward` also returns hidden states of
-    some blocks, each mapped by an MLP of its own into the teacher's space, `teacher_width` wide.
+    """SimFlow with the flow's features aligned to a teacher's: `forward` also returns hidden states
+    of some blocks, each mapped by its own MLP into the teacher's space, `teacher_width` wide.
     """
 
     def __init__(self, config, classes, teacher_width):
@@ -452,8 +451,8 @@ class Aligned(SimFlow):
 
 
 def features(block, x, y, layers):
-    """x (B, T, D), y (B,) -> (B, T, C) after so many layers of the block's transformer, in grid
-    order. They run a second time for that, which costs little as long as they are few."""
+    """x (B, T, D), y (B,) -> (B, T, C) after the first `layers` layers of the block, in grid order.
+    These layers run a second time for that, which costs little as long as they are few."""
     t = block.transformer
     modulations = t.condition(y)
     h = t.enter(block.reorder(x), t.pos, modulations[-1])
@@ -470,12 +469,12 @@ def alignment(projected, wanted):
 
 def generative_pass(flow, inputs, z, y, first):
     """The way back from z to the inputs of the block `first` (counted from 1) and all deeper ones,
-    teacher-forced so that all tokens go at once: block t inverts with mean and log_scale of its
-    detached input going forward,
+    teacher-forced so that all tokens go at once: block t inverts with the mean and log_scale that
+    it computes from its input in the forward pass, detached (sg),
 
         z_(t-1) = mean_t(sg x_(t-1)) + exp(log_scale_t(sg x_(t-1))) z_t,    starting from sg(z).
 
-    Each is equal to that input, but a function of the weights of its block and the deeper ones.
+    Each z_(t-1) equals x_(t-1), but depends on the weights of its block and of the deeper ones.
     """
     again, z = list(inputs), z.detach()
     for i in reversed(range(first - 1, len(flow.blocks))):
@@ -494,12 +493,12 @@ def detached_pass(flow, inputs, z, y, first):
     return [x.detach() for x in inputs]
 
 
-# The inputs of all blocks from the first aligned one on, (B, T, D) each, with different pasts:
-#     forward           the image's encoder and the blocks before (REPA-E, Leng et al. 2025,
-#                       arXiv:2504.10483): their weights get gradients, too
-#     reverse           none (R-REPA, Chen et al. 2025, as printed): the layers before the features
-#                       in the block itself get all the gradient
-#     reverse_through   the generative pass: so do all weights of this and the deeper blocks
+# The inputs of all blocks from the first aligned one on, (B, T, D) each. Their values are the same;
+# the weights that get gradients, besides those before the features in the block itself, are
+#     forward           the encoder's and those of the blocks before (REPA-E, Leng et al. 2025,
+#                       arXiv:2504.10483)
+#     reverse           none: the inputs are detached (R-REPA, Chen et al. 2025, as printed)
+#     reverse_through   all of this and the deeper blocks, through the generative pass
 ALIGN = {'': None, 'forward': forward_pass, 'reverse': detached_pass,
          'reverse_through': generative_pass}
 TABLES = {'codec': CODECS, 'noise': NOISE, 'prior': PRIORS, 'guidance': GUIDANCE, 'align': ALIGN,
@@ -581,9 +580,9 @@ class Process:
 
 
 def find_process(device='', dtype='', compile=None, training=False):
-    """-> Process: the best device here, or the one asked for, as torchrun's environment has it; in
-    the dtype asked for, or the faster one. UserError for a device that can't be used, or another
-    dtype."""
+    """-> Process on the device asked for, or the best one here; in the dtype asked for, or the
+    faster one. Rank and GPU come from torchrun's environment. UserError for a device that can't be
+    used, or a dtype other than float32 and bfloat16."""
     check_launch()
     kind, *index = device.split(':')
     if index and int(os.environ.get('LOCAL_WORLD_SIZE', 1)) > 1:
@@ -659,9 +658,9 @@ def check_launch():
 
 
 def leave_processes():
-    """End the process group. A thread of gloo may still wait for the interpreter to let go of a
-    tensor; if that is gone first, torch aborts the process, after all its work was done. While we
-    sleep the thread gets its turn."""
+    """End the process group. A gloo thread may still need the interpreter to release a tensor; if
+    the interpreter is gone by then, torch aborts the process, although all its work is done. The
+    sleep gives the thread its turn."""
     dist.destroy_process_group()
     time.sleep(0.1)
 
@@ -726,9 +725,9 @@ def new_name(name):
 
 
 def from_tarflow(weights, path):
-    """State dictionary of ml-tarflow's Model -> what train.py would have saved of it. What such
-    weights do not know, the std of their noise, ends the file's name, as in ..._8_8_0.07.pth. Names
-    of the classes are their numbers."""
+    """State dictionary of ml-tarflow's Model -> the checkpoint that train.py would have saved. The
+    std of the noise is not among the weights; it ends the file's name, as in ..._8_8_0.07.pth.
+    Classes are named by their numbers."""
     tokens, width = weights['blocks.0.pos_embed'].shape
     blocks = 1 + max(map(block_number, weights))
     dim = weights['blocks.0.proj_in.weight'].shape[1]
@@ -744,7 +743,7 @@ def from_tarflow(weights, path):
                         sigma=float(sigma[1]) if sigma else 0.0, denoise=bool(sigma))
     ema = {'flow.variance': weights['var']} if vp else {}
     for name, value in weights.items():
-        if name.endswith('pos_embed') and block_number(name) % 2:  # there by place, here as read
+        if name.endswith('pos_embed') and block_number(name) % 2:  # theirs is in grid order
             value = value.flip(0)
         elif name.endswith('class_embed'):
             value = value.squeeze(1)
@@ -886,8 +885,8 @@ def note_on_guidance(config, class_names, cfg, gamma, guidance):
 
 
 def sample_images(model, labels, seed, process, batch_size, cfg=0.0, gamma=0.0, order=None, **how):
-    """Yield images (b, H, W, 3) uint8; every process gets all of them and makes its share, at most
-    batch_size at once. All processes must call it, and take all.
+    """Yield images (b, H, W, 3) uint8; every process makes its share, at most batch_size at once,
+    and gets all of them. All processes must call it, and consume it to the end.
 
     Image i has class labels[i] and noise from (seed, i), so it depends neither on batch_size nor on
     the processes. order: of the i, by default 0, 1, 2, ...  how: see SimFlow.generate. Says how

@@ -26,7 +26,7 @@ from model import (TOL, check_sampling, export, find_process, grid, load_model, 
 class Options:
     """The options of sample.py, with their defaults."""
     ckpt: str = option('out/ckpt.pt', 'checkpoint of train.py; its EMA weights are used')
-    cfg: float = option(0.0, 'guidance w, as --guidance has it; 0 is off (not 1)')
+    cfg: float = option(0.0, 'guidance weight w (see --guidance); 0 is off (not 1)')
     gamma: float = option(0.0, "size of SimFlow's score step (Eq. 6); 0.25 in the paper, 0 is off")
     guidance: str = option('', 'how --cfg guides: a row of GUIDANCE in flow.py, such as tarflow or '
                                "tarflow_tau (needs no labels); default: the checkpoint's")
@@ -42,13 +42,13 @@ class Options:
     seed: int = option(0, 'random seed of the noise')
     batch_size: int = option(80, 'images at once in each process: more is faster, and more memory')
     denoise: bool | None = option(None, "end by TARFlow's denoising step; default: the preset's")
-    export: str = option('', 'write a checkpoint of the EMA weights alone, to sample from, and end')
+    export: str = option('', 'file to write the EMA weights alone to, instead of making images')
     out: str = option('', "X.png: a grid; X.npz: ADM's layout; X/: a new folder of PNGs; "
                           'default: grid.png beside --ckpt')
     device: str = option('', 'cuda, mps, cpu; default: the best there is')
     dtype: str = option('', 'float32 or bfloat16 (autocast); default: bfloat16 if the GPU has it')
-    compile: bool = option(False, 'torch.compile, which takes a minute: for ten thousand images '
-                                  'per process, or more, on a GPU')
+    compile: bool = option(False, 'torch.compile, which takes a minute: worth it on a GPU for ten '
+                                  'thousand images or more per process')
 
     def check(self):
         """Raise UserError for values that make no sense."""
@@ -167,10 +167,10 @@ def main(argv):
     if note:
         process.print(note)
     if tol and jacobi_is_slower(process.device, min(n, options.batch_size), options.cfg):
-        process.print(f'--decode jacobi: with more than {JACOBI_IMAGES} images at once, guided '
-                      'ones counted twice, token by token is faster on a CPU, and used where that '
-                      'is so')
-    # In ADM's layout the order says nothing: any part of it is a fair sample of all classes.
+        process.print(f'--decode jacobi: with more than {JACOBI_IMAGES} images at once '
+                      '(guided ones count twice) a CPU is faster token by token, and does that '
+                      'instead')
+    # An npz is shuffled, so that any part of it is a fair sample of all classes.
     order = np.arange(n)
     if path.endswith('.npz'):
         order = np.random.default_rng(options.seed).permutation(n)

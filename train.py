@@ -39,17 +39,17 @@ try:
 except ImportError:                                                # Windows has no such locks
     fcntl = None
 
-# What makes a codec: with another value of these, --init would have nothing to take.
+# These define the codec: --init needs a checkpoint with the same values.
 CODEC_OPTIONS = 'codec latent_dim latent_norm vae_width vae_mults vae_patch'.split()
-# Resuming with another value of these would not be the same run.
+# These define the run: a checkpoint is resumed only with the same values.
 FIXED_OPTIONS = CODEC_OPTIONS + (
     'image_size sigma noise prior width heads layers freeze align repa repa_block repa_layer '
     'repa_width gan_width gan_layers batch_size seed optimizer holdout').split()
 # Dense bf16 FLOP/s, for the column mfu of the log.
 PEAK = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12, 'L40S': 362e12, '4090': 165e12}
-# The share of it that is useful work of VAE and flow: from compiled steps at 256 pixels (on an H200
-# 0.28 for S and 0.32 for XXL with 32 images, on an H100, by GPU time, 0.23 and 0.24 with 16), less
-# some for data, logs and pictures.
+# The share of it that --dry_run assumes, counting VAE and flow alone. Compiled steps at 256 pixels
+# reached 0.28 (S) and 0.32 (XXL) with 32 images on an H200, and 0.23 and 0.24, by GPU time, with 16
+# on an H100; data, logs and pictures take some of that.
 SHARE = 0.2
 HOPELESS = 4                                                       # steps in a row, all skipped
 
@@ -73,9 +73,9 @@ def ema_decay(config, step):
 
 def draw_noise(config, classes, step, y, process):
     """The random numbers of a step -> noise (b, T, D), y (b,) with some classes dropped, for this
-    process's b images. Diffusion models then draw from torch's global random numbers.
+    process's b images. Diffusion models draw more from torch's global generator, seeded here.
 
-    Drawn for the global batch and sliced, they depend on (seed, step), not on how it is split.
+    Drawn for the global batch, then sliced, noise and y depend on (seed, step), not on the split.
     """
     torch.manual_seed(mix_seed(DIFFUSION, config.seed, step, process.rank))
     g = generator(process.device, TRAIN, config.seed, step)
@@ -143,9 +143,9 @@ class Trainer:
         self.broken = self.totals.bool()                           # terms, at the first one skipped
 
     def compile(self):
-        """In place, so names in checkpoints stay clean; part by part, as all layers of the flow
-        then share one graph, compiled once."""
-        # DDP can send the gradients of one part while those of the next are computed. Dynamo's
+        """Compile in place, so that names in checkpoints stay clean, and part by part, so that all
+        layers of the flow share one graph, compiled once."""
+        # Part by part, DDP can also send some gradients while others are computed. Dynamo's
         # splitter, which cuts one big graph for that, fails on checkpointing in older torch.
         torch._dynamo.config.optimize_ddp = False
         parts = [m for m in self.model.flow.modules() if isinstance(m, Layer)]
@@ -174,7 +174,7 @@ class Trainer:
             terms = self.graph.replay(image, y, noise)
         else:
             terms = self.gradients(image, y, noise)
-        # Its mean over the processes is then the sum.
+        # `update` averages over processes, which makes this the sum.
         terms['replaced'] = torch.full_like(terms['loss'], replaced * process.world)
         self.update(terms, lr)
 
@@ -185,7 +185,7 @@ class Trainer:
         values = []
         for i in range(0, len(y), micro):
             part = slice(i, i + micro)
-            for ddp in self.ddps:                                  # gradients travel with the last
+            for ddp in self.ddps:                                  # DDP syncs after the last only
                 ddp.require_backward_grad_sync = i + micro == len(y)
             values.append(self.backward(from_uint8(image[part]), y[part], noise[part]))
         return {name: torch.stack([v[name] for v in values]).mean() for name in values[0]}
@@ -254,21 +254,21 @@ class Trainer:
             grad = grad + weight * grad_gan
             terms['loss'] = terms['loss'] + weight * terms['gan']
         roots, grads = [], []
-        if recon.requires_grad:                                    # not --freeze vae, not pixels
+        if recon.requires_grad:                                    # else pixels, or --freeze vae
             roots.append(recon)
             grads.append(grad / c.grad_accum)
-        if flow_loss.requires_grad:                                # not of a VAE alone, frozen
+        if flow_loss.requires_grad:                                # else no flow, frozen encoder
             roots.append(flow_loss / c.grad_accum)
             grads.append(None)                                     # it is a scalar
         torch.autograd.backward(roots, grads)
         return {name: value.detach() for name, value in terms.items()}
 
     def adversary(self, image, recon, pixels, grad_rec, terms):
-        """The discriminator's gradients; for the generator, the weight and d gan / d recon, of
-        recon's shape (b, 3, H, W), as are grad_rec = d rec / d recon, and pixels, recon as a leaf.
+        """Compute the discriminator's gradients -> the generator's weight and d gan / d recon.
+        pixels is recon as a leaf, grad_rec = d rec / d recon; all are (b, 3, H, W) but the weight.
         """
         c = self.config
-        self.disc.requires_grad_(False)                            # else it gets gradients here
+        self.disc.requires_grad_(False)                            # no gradients of its weights
         with self.process.autocast():
             terms['gan'] = -self.disc(pixels).float().mean()
         grad_gan, = torch.autograd.grad(terms['gan'], pixels)
@@ -310,7 +310,7 @@ class Trainer:
             opt.found_inf = skip.float()                           # fused kernels skip if it is 1,
             if self.process.device.type != 'mps' or not skip:      # but a Mac's does not look
                 opt.step()
-        # Weights that did not move need no gate: the average may come closer to them.
+        # No gate here: in a skipped step the average may well move closer to the weights.
         ema, now = list(self.ema.parameters()), list(self.model.parameters())
         torch._foreach_lerp_(ema, now, 1 - ema_decay(c, self.step))
         if isinstance(self.model.flow, VPFlow):
@@ -323,9 +323,9 @@ class Trainer:
         self.warm_steps += 1
 
     def row(self):
-        """Averages of the terms since the last row, over the steps that were not skipped; for
-        `replaced`, and for `skipped`, the number. Says what was skipped; if that was every step,
-        HOPELESS ones or more, SystemExit. Waits for the device."""
+        """Terms since the last row, averaged over the steps that were not skipped; `replaced` and
+        `skipped` are counts. Prints what was skipped; SystemExit after HOPELESS or more
+        skipped in a row. Waits for the device."""
         skipped = self.skipped.item()
         good, replaced = self.count - skipped, self.totals[self.names.index('replaced')].item()
         self.lost = 0 if good else self.lost + self.count
@@ -344,9 +344,9 @@ class Trainer:
         return row
 
     def start_from(self, state):
-        """Take the averaged weights of a checkpoint's codec and, if it has one of the same kind and
-        shape, prior -> a sentence that says what was taken. Positions of another resolution are
-        resampled. UserError if the codec is another, or no weights fit."""
+        """Take a checkpoint's averaged weights: those of its codec and, if kind and shape agree, of
+        its prior -> a sentence that says what was taken. Positions of another resolution are
+        resampled. UserError if the codecs differ, or no weights fit."""
         was, taken = state['config'], []
         options = CODEC_OPTIONS
         if was['codec'] == 'pixels':                               # where the rest means nothing
@@ -362,7 +362,7 @@ class Trainer:
             own = getattr(self.model, part).state_dict()
             new = {name: state['ema'].get(f'{part}.{name}') for name in own}
             for name, table in new.items():
-                # A square grid, which a block that reads backwards has turned upside down.
+                # A square grid, if rotated by 180 degrees in blocks that read backwards.
                 if name.split('.')[-1] in ('pos', 'variance') and table is not None:
                     new[name] = resample_grid(table[None], math.isqrt(len(own[name])))[0]
             if own and all(v is not None and v.shape == own[k].shape for k, v in new.items()):
@@ -406,7 +406,7 @@ class Trainer:
                         'broken_step': self.broken_step}
 
     def load(self, state):
-        """What `state` returned, in a run that may have other learning rates or another --lpips."""
+        """Restore what `state` returned; learning rates or --lpips may have changed since."""
         for name, part in self.parts().items():
             saved = state[name]
             if isinstance(part, torch.optim.Optimizer):            # as configured, not as saved
@@ -465,8 +465,8 @@ def adamw(weights, lr, betas, weight_decay=0.0):
 
 
 def hidden_weights(model):
-    """-> (weight, matrices that are stacked in it) pairs, of what Muon trains: matrices of the
-    flow's layers, and convolutions of 16 channels or more on either side."""
+    """-> pairs (weight, number of matrices stacked in it) of what Muon trains: matrices of the
+    flow's layers, and convolutions with at least 16 channels both in and out."""
     pairs = []
     for module in model.modules():
         if isinstance(module, Layer):
@@ -606,8 +606,8 @@ def resume(trainer, data):
 
 
 def differences(saved, now, data):
-    """-> settings in which a checkpoint differs from options `now` and these data, of those that
-    make it another run"""
+    """-> how a checkpoint differs from options `now` and these data, in the settings that define
+    the run"""
     was = saved['config']
     fixed = [k for k in FIXED_OPTIONS if now['align'] or not k.startswith('repa')]
     differs = [f'--{k} {show(was[k])} (now {show(now[k])})' for k in fixed if was[k] != now[k]]
@@ -708,7 +708,7 @@ def validate(trainer, held):
     steps = max(1, min(len(held), HELD_OUT) // size)
     torch.manual_seed(mix_seed(DIFFUSION, c.seed, 0, process.rank, 1))        # not as in training
     g = generator(process.device, RECON, c.seed)
-    # Unreadable ones are replaced, and counted for nothing: they may be a large share of few.
+    # Unreadable images are replaced without the limit of 1%: one of a few images would exceed it.
     data = BatchDataset(held, c.image_size, size, c.seed, False, process.rank, process.world)
     values = []
     for step in range(steps):
@@ -825,7 +825,7 @@ class Interrupt:
                 signal.signal(number, self.receive)
 
     def receive(self, number, frame):
-        # torchrun passes on what a scheduler may have sent to its processes already.
+        # The same signal within a second may be the scheduler's again, passed on by torchrun.
         again = number == self.signal and time.monotonic() < self.time + 1
         if self.signal and not (again and number != signal.SIGINT):
             os._exit(128 + number)                                 # waits for nobody
@@ -910,7 +910,7 @@ def train(config, data, process):
     trainer = Trainer(config, len(data.class_names), process)
     if config.init and not os.path.exists(os.path.join(config.out, 'ckpt.pt')):
         initialise(trainer, data)
-    # Nothing has been written to --out so far, as much may be wrong until here.
+    # Much can go wrong up to here, so nothing has been written to --out yet.
     log = process.rank_0_first(open_log, os.path.join(config.out, 'log.csv'), process.rank)
     resume(trainer, data)
     if trainer.step >= last:
@@ -930,7 +930,7 @@ def train(config, data, process):
             stopped = process.max(interrupt.signal)
             done, ends = trainer.step == steps, trainer.step == last
             draws = is_due(config.sample_interval, trainer.step)
-            # A kill may follow a signal: its save waits for no validation, and no pictures.
+            # A kill may follow a signal, so the save does not wait for validation or pictures.
             validates = len(held) > 0 and (done or (draws and not stopped))
             if validates or done or is_due(config.log_interval, trainer.step):
                 write_row(trainer, log, meter, lr, steps, held if validates else None)
@@ -944,8 +944,8 @@ def train(config, data, process):
 
 
 def next_batch(trainer, data, meter, feed):
-    """What the feed has next. If that is an error in some process, all of them end, after the steps
-    so far were saved."""
+    """The feed's next batch. If that fails in any process, all of them save the steps so far, and
+    end."""
     batch = error = None
     try:
         batch = meter.next(feed)
@@ -966,7 +966,7 @@ def training_batches(trainer, data, last):
 
 
 def initialise(trainer, data):
-    """Begin with what --init holds, and measure what depends on it."""
+    """Start from the weights in --init and, with --unit_std, measure the latents' std."""
     c, process = trainer.config, trainer.process
     process.print(trainer.start_from(load_checkpoint(c.init, '--init', mmap=True)))
     if c.unit_std and trainer.model.vae.std == 1:                  # else --init had it done

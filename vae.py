@@ -27,9 +27,9 @@ class VAE(nn.Module):
     sections 4.1 and A.3).
 
     width, mults: channels of the first level and multipliers of all.  patch: pixels per side that
-    the first level takes as one (1 in the paper; more is what makes it fast on a CPU).  The
+    are folded into one before the first level (1 in the paper; more makes it fast on a CPU).  The
     down-sampling factor is f = patch * 2^(levels - 1).  latent_dim: D.  T = (image_size / f)^2
-    tokens, row by row; images are square.  layer_norm: of each token's mu.
+    tokens, row by row; images are square.  layer_norm: normalise each token's mu.
     """
     outputs = 1                                                    # of the encoder, times D
 
@@ -180,8 +180,8 @@ class GroupNorm(nn.GroupNorm):
     def forward(self, h):
         if not torch.compiler.is_compiling():
             return super().forward(h.float())                      # as autocast has it on GPUs
-        # Compiled, torch's own leaves channels_last, and all convolutions have to copy what it
-        # made. Statistics of channels first, then of groups, read the memory in its order.
+        # Compiled, torch's own loses channels_last, and every convolution has to copy its output.
+        # Statistics per channel first, then per group, read the memory in order.
         x = h.permute(0, 2, 3, 1).float()                          # (B, h, w, C)
         var, mean = torch.var_mean(x, dim=(1, 2), correction=0)    # (B, C)
         groups = self.num_groups, -1
@@ -312,9 +312,9 @@ class LPIPS(nn.Module):
 # ----------------------------------------------------------------------------------------- siblings
 
 class LearnedVAE(VAE):
-    """The standard VAE (Kingma & Welling 2013, arXiv:1312.6114): the encoder predicts log sigma^2,
-    too. To its latents noise of std `sigma` is added, STARFlow's; two Gaussian noises are one whose
-    variance is their sum. Before that, latents are divided by `std`, 1 unless it was measured."""
+    """The standard VAE (Kingma & Welling 2013, arXiv:1312.6114): the encoder also predicts
+    log sigma^2. Latents are divided by `std`, 1 unless it was measured, then STARFlow's noise of
+    std `sigma` is added. Both noises together are Gaussian: their variances add."""
     outputs = 2
 
     def __init__(self, *args):
@@ -360,7 +360,7 @@ HEADS_URL = ('https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips
 
 def load_lpips(vgg_path='', heads_path='', without='--lpips 0 --l2 400'):
     """-> LPIPS with its released weights, from files or downloaded once. May raise UserError, which
-    names the options to do `without`."""
+    names the options that turn LPIPS off, `without`."""
     folder = os.path.join(torch.hub.get_dir(), 'checkpoints')
     advice = f'put it there by hand, name a copy with --{{}}, or do without LPIPS: {without}'
     vgg_path = vgg_path or fetch(VGG16_URL, os.path.join(folder, 'vgg16-397923af.pth'),
