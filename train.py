@@ -689,6 +689,12 @@ CFG = 2.0                                                          # of guided p
 HELD_OUT = 512                                                     # images, or one micro-batch
 
 
+def check_held_out(held, config):
+    """UserError now, not at the first measurement, if no image can be read."""
+    if len(held):
+        held_out_batch(BatchDataset(held, config.image_size, 1, config.seed, False, 0, 1), 0)
+
+
 def held_out_batch(dataset, step):
     """-> dataset[step]; UserError if no image for it can be read"""
     try:
@@ -899,12 +905,15 @@ def is_due(interval, step):
     return interval > 0 and step % interval == 0
 
 
+def saves(config, step):
+    return is_due(config.save_interval, step) or is_due(config.keep_interval, step)
+
+
 def train(config, data, process):
     """Train to the end, to --stop_at or to a signal -> the signal's number, or 0. UserError if
     --out holds another run, SystemExit if no step is finite any more."""
     data, held = hold_out(data, config.holdout)
-    if len(held):                                                  # fails now, not when measured
-        held_out_batch(BatchDataset(held, config.image_size, 1, config.seed, False, 0, 1), 0)
+    check_held_out(held, config)
     steps = total_steps(config, len(data))
     last = min(steps, config.stop_at or steps)
     trainer = Trainer(config, len(data.class_names), process)
@@ -934,8 +943,7 @@ def train(config, data, process):
             validates = len(held) > 0 and (done or (draws and not stopped))
             if validates or done or is_due(config.log_interval, trainer.step):
                 write_row(trainer, log, meter, lr, steps, held if validates else None)
-            keeps = is_due(config.keep_interval, trainer.step)
-            if stopped or ends or keeps or is_due(config.save_interval, trainer.step):
+            if stopped or ends or saves(config, trainer.step):
                 save(trainer, data)
             if draws or ends and config.sample_interval:
                 save_pictures(trainer, data, log)
