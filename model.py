@@ -329,13 +329,13 @@ PRESETS = {
     # What is learned, and what is trained (Table 10); those that freeze something need --init:
     'no_norm': NANO | dict(latent_norm=False),
     'learned': LEARNED,
-    'learned_noise': LEARNED | dict(sigma=0.5),
+    'learned_noise': LEARNED | dict(sigma=0.5, dtype=''),
     'vae': NANO | dict(layers=()),                                 # a VAE alone: stage one
     # LDM's weight of the KL: 1e-6 of a sum over latents, beside a sum over pixels
     'vae_learned': LEARNED | dict(layers=(), rate=1e-7),
     'frozen': NANO | dict(freeze='vae'),
     'frozen_learned': LEARNED | dict(freeze='vae'),
-    'starflow': LEARNED | dict(sigma=0.3, freeze='encoder', unit_std=True),
+    'starflow': LEARNED | dict(sigma=0.3, freeze='encoder', unit_std=True, dtype=''),
     # Flows of pixels (TARFlow); for bits per dimension of grey and of RGB images; as published:
     'tarflow': TARFLOW,
     'tarflow_vp': TARFLOW | dict(prior='tarflow_vp'),
@@ -518,6 +518,10 @@ class Process:
     world: int = 1
     patient: object = None                                         # group that waits for hours
 
+    @property
+    def dtype_name(self):
+        return str(self.dtype).removeprefix('torch.')
+
     def autocast(self):
         """bfloat16 matrix products, if that is the dtype; parameters and sums stay float32."""
         if self.dtype == torch.float32:                            # on a Mac, torch 2.9's warns
@@ -607,9 +611,10 @@ def find_process(device='', dtype='', compile=None, training=False):
         dtype = 'bfloat16' if gains_by_bfloat16(device, training) else 'float32'
     if dtype not in ('float32', 'bfloat16'):
         raise UserError(f'--dtype {dtype} must be float32 or bfloat16')
-    if device.type == 'cpu' and dtype == 'bfloat16':
-        # torch's fused attention takes four times as long as plain products of bfloat16.
-        torch.backends.cuda.enable_flash_sdp(False)
+    if device.type == 'cpu':
+        # In bfloat16, torch's fused attention takes three to four times as long as plain products
+        # for nano's 64 tokens, somewhat longer for 256, and only for 1,024 less.
+        torch.backends.cuda.enable_flash_sdp(dtype != 'bfloat16')
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     process = Process(device, getattr(torch, dtype), cuda if compile is None else compile)
     if 'RANK' in os.environ:
@@ -669,7 +674,8 @@ TRAIN, SAMPLE, RECON, DIFFUSION = range(4)                         # random stre
 
 
 def mix_seed(*integers):
-    """-> an integer of 63 bits. Zeros at the end count for nothing: (1, 0) has the seed of (1,)."""
+    """-> an integer of 63 bits. Up to four integers, zeros at the end count for nothing: (1, 0) has
+    the seed of (1,)."""
     return int(np.random.SeedSequence(integers).generate_state(1, np.uint64)[0] >> 1)
 
 

@@ -184,7 +184,7 @@ def main(argv):
         for _ in batches:                                          # makes this process's share
             pass
         return
-    write = WRITERS.get(os.path.splitext(path)[1], save_folder)
+    write = WRITERS.get(path[-4:], save_folder)
     write(path, batches, labels.numpy()[order], class_names)
     print(f'{path}: {n} images, cfg {options.cfg}, gamma {options.gamma} (0 is off)')
 

@@ -324,8 +324,8 @@ class Trainer:
 
     def row(self):
         """Terms since the last row, averaged over the steps that were not skipped; `replaced` and
-        `skipped` are counts. Prints what was skipped; SystemExit after HOPELESS or more
-        skipped in a row. Waits for the device."""
+        `skipped` are counts. Prints what was skipped; SystemExit if no step of the
+        last rows was good, HOPELESS or more in all. Waits for the device."""
         skipped = self.skipped.item()
         good, replaced = self.count - skipped, self.totals[self.names.index('replaced')].item()
         self.lost = 0 if good else self.lost + self.count
@@ -540,11 +540,11 @@ def write_checkpoint(trainer, data):
     UserError if it can't be written, as on a full disk."""
     path = target = os.path.join(trainer.config.out, 'ckpt.pt')
     state = trainer.state() | {'config': dataclasses.asdict(trainer.config),
-                               'dtype': str(trainer.process.dtype),
+                               'dtype': trainer.process.dtype_name,
                                'class_names': data.class_names, 'images': len(data)}
     try:
-        with whole(path, path + '.tmp') as temporary:
-            torch.save(state, temporary)
+        with whole(path, path + '.tmp') as temporary, open(temporary, 'wb') as f:
+            torch.save(state, f)
         if is_due(trainer.config.keep_interval, trainer.step):
             target = os.path.join(trainer.config.out, f'ckpt_{trainer.step:07d}.pt')
             with whole(target) as kept:
@@ -592,17 +592,9 @@ def resume(trainer, data):
     except (KeyError, ValueError, RuntimeError) as e:
         raise UserError(f'{path} does not hold what its options say ({str(e).splitlines()[0]}); '
                         'use the version that trained it, or another --out')
-    changed = [f', --{k} {show(was[k])} -> {show(v)}' for k, v in now.items()
-               if was[k] != v and k not in ('init', 'dtype')]
-    dtype = str(trainer.process.dtype)                             # by default, the machine's
-    if saved.get('dtype', dtype) != dtype:
-        changed.append(f', {saved["dtype"]} -> {dtype}')
-    if now['init'] and os.path.abspath(now['init']) != os.path.abspath(was['init']):
-        changed.append(', not from --init, which is for a new --out')
+    trainer.process.print(f'resuming {path} at step {trainer.step}'
+                          + ''.join(changes(saved, now, trainer.process, data)))
     trainer.config.init = was['init']
-    if saved.get('images', len(data)) != len(data):
-        changed.append(f', {saved["images"]} -> {len(data)} images, in a new order')
-    trainer.process.print(f'resuming {path} at step {trainer.step}' + ''.join(changed))
 
 
 def differences(saved, now, data):
@@ -617,6 +609,23 @@ def differences(saved, now, data):
     if ('disc' in saved) != bool(now['gan']):
         differs.append(f'--gan {was["gan"]}')
     return differs
+
+
+def changes(saved, now, process, data):
+    """-> how a checkpoint differs otherwise, in what a resumed run may change"""
+    was, dtype = saved['config'], process.dtype_name
+    changed = [f', --{k} {show(was[k])} -> {show(v)}' for k, v in now.items()
+               if was[k] != v and k not in ('init', 'dtype')]
+    # Older checkpoints don't say theirs; they were made when a CPU's default was float32.
+    default = 'float32' if process.device.type == 'cpu' else dtype
+    before = saved.get('dtype') or was['dtype'] or default
+    if before != dtype:
+        changed.append(f', --dtype {before} -> {dtype}')
+    if now['init'] and os.path.abspath(now['init']) != os.path.abspath(was['init']):
+        changed.append(', not from --init, which is for a new --out')
+    if saved.get('images', len(data)) != len(data):
+        changed.append(f', {saved["images"]} -> {len(data)} images, in a new order')
+    return changed
 
 
 class Log:
@@ -995,7 +1004,7 @@ def main(argv):
     for note in data.notes:
         process.print(note)
     process.print(f'{len(data):,} images, {len(data.class_names)} classes; '
-                f'{process.world} x {process.device.type}, {str(process.dtype).split(".")[1]}'
+                f'{process.world} x {process.device.type}, {process.dtype_name}'
                 f'{", compiled" if process.compile else ""}')
     stopped = train(config, data, process)
     ckpt = os.path.join(config.out, 'ckpt.pt')

@@ -59,7 +59,7 @@ class Machine:
         self.seconds = 1.0 if quick else 3.0 if cuda else 20.0
         name = torch.cuda.get_device_name() if cuda else cpu_name()
         self.facts = {'device': f'{device}: {name}', 'threads': threads, 'torch': torch.__version__,
-                      'dtype': str(self.process.dtype).split('.')[1], 'quick': quick}
+                      'dtype': self.process.dtype_name, 'quick': quick}
 
     def time(self, call):
         """-> seconds"""

@@ -24,7 +24,7 @@ import flow
 import golden_evaluate as golden
 from data import UserError
 from flow import Flow
-from model import PRESETS, Config, Process, SimFlow
+from model import PRESETS, Config, Process, SimFlow, leave_processes
 
 HERE = Process(torch.device('cpu'), torch.float32, False)
 
@@ -522,6 +522,8 @@ def share_work(rank, world, folder):
         evaluate.main(f'{argv} --batch_size 4'.split())
     if rank == 0:
         json.dump(tables, open(f'rows{world}.json', 'w'))
+    if world > 1:
+        leave_processes()                                          # as the programs do
 
 
 def test_any_number_of_processes_gives_the_same_numbers(tmp_path):
@@ -565,6 +567,20 @@ def save_checkpoint(path, **more):
     torch.save({'config': dataclasses.asdict(config), 'class_names': ['a', 'b', 'c'], 'step': 1,
                 'ema': model.state_dict(), 'model': model.state_dict()}, path)
     return path
+
+
+@pytest.mark.parametrize('trained, asked, expected', [
+    ('float32', '', 'float32'), ('bfloat16', '', ''), ('', '', ''),
+    ('float32', 'bfloat16', 'bfloat16')])
+def test_float32_is_the_default_if_the_run_asked_for_it(tmp_path, monkeypatch, trained, asked,
+                                                        expected):
+    def find(device, dtype):
+        raise UserError(f'dtype is {dtype!r}')
+
+    monkeypatch.setattr(evaluate, 'find_process', find)
+    ckpt = str(save_checkpoint(tmp_path / 'ckpt.pt', dtype=trained))
+    with pytest.raises(UserError, match=f"dtype is '{expected}'"):
+        evaluate.main(['--ckpt', ckpt, '--reconstruct', 'shapes', '--dtype', asked])
 
 
 def checkpoint_and_images(folder, image_size=16):

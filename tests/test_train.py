@@ -7,7 +7,6 @@ import functools
 import itertools
 import os
 import multiprocessing
-from pathlib import Path
 import shutil
 import signal
 import subprocess
@@ -211,8 +210,8 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(tmp_path, monkey
     train.main([*options, '1'])
     before = (tmp_path / 'ckpt.pt').read_bytes()
 
-    def half(state, path):
-        Path(path).write_bytes(b'half')
+    def half(state, file):
+        file.write(b'half')
         raise error
     monkeypatch.setattr(torch, 'save', half)
     message = f'ckpt.pt could not be written at step 2 .*{error.args[-1]}'
@@ -248,8 +247,12 @@ def test_another_dtype_is_announced(tmp_path, capsys):
     options = TINY + ['--sample_interval', '0', '--out', str(tmp_path)]
     train.main([*options, '--steps', '1'])
     train.main([*options, '--steps', '2', '--dtype', 'bfloat16'])
-    said = 'at step 1, --steps 1 -> 2, torch.float32 -> torch.bfloat16\n'
-    assert said in capsys.readouterr().out
+    assert 'at step 1, --steps 1 -> 2, --dtype float32 -> bfloat16\n' in capsys.readouterr().out
+    state = torch.load(tmp_path / 'ckpt.pt', weights_only=True)
+    del state['dtype'], state['config']['dtype']                   # older ones; then by default
+    torch.save(state, tmp_path / 'ckpt.pt')
+    train.main([*options, '--steps', '3', '--dtype', 'bfloat16'])
+    assert 'at step 2, --steps 2 -> 3, --dtype float32 -> bfloat16\n' in capsys.readouterr().out
 
 
 def test_other_data_are_announced(tmp_path, capsys):
