@@ -853,7 +853,7 @@ def encode(options, process, trained, data, index):
         noise = torch.stack(noise).to(device)                      # (b, T, D)
         y = data.labels[numbers] if known else np.full(len(numbers), model.flow.null_class)
         y = torch.from_numpy(y).to(device)
-        image = from_uint8(torch.from_numpy(pixels).permute(0, 3, 1, 2)).to(device)
+        image = from_uint8(torch.from_numpy(pixels).permute(0, 3, 1, 2).to(device))
         with process.autocast():
             x, mu, sigma = model.latents(image, noise)
         yield Encoded(positions, pixels, image, y, x, mu, sigma, noise)
@@ -973,7 +973,7 @@ def interpolate(options, process, trained, data):
     some = np.random.default_rng(options.seed).permutation(len(data))[:8]
     size = trained.config.image_size
     pixels = np.stack([load_pixels(data, i, size)[1] for i in some])           # (8, H, W, 3)
-    image = from_uint8(torch.from_numpy(pixels).permute(0, 3, 1, 2)).to(process.device)
+    image = from_uint8(torch.from_numpy(pixels).permute(0, 3, 1, 2).to(process.device))
     with process.autocast():
         ends, _ = trained.model.vae.encode(image)                              # (8, T, D)
     way = torch.linspace(0, 1, 9, device=ends.device).view(9, 1, 1)

@@ -289,9 +289,9 @@ POSITIVE = ('image_size latent_dim vae_width vae_patch width heads gan_width gan
 SHARES = 'class_drop constant ema beta2 gan_beta1 gan_beta2 holdout'.split()
 # A row is what differs from Config's defaults, which are XXL's (SimFlow Tables 8 and 9).
 # nano is for a CPU. Patches of 4 pixels make its VAE small, and it learns 64 tokens of 16 channels
-# more easily than 16 of 64. Without a perceptual loss the pixel error needs more weight; even
-# more makes better reconstructions, but latents that the flow learns more slowly. An
-# adversarial loss made results worse at this size: see RESULTS.md.
+# more easily than 16 of 64. Without a perceptual loss the pixel error needs more weight; even more
+# makes better reconstructions, but latents that the flow learns more slowly. An adversarial loss
+# made results worse at this size: see RESULTS.md.
 NANO = dict(data='shapes', image_size=32, latent_dim=16, vae_width=64, vae_mults=(1,), vae_patch=4,
             width=128, heads=2, layers=(1, 2), l1=8.0, l2=50.0, lpips=0.0, gan=0.0, gan_width=32,
             gan_layers=2, batch_size=32, steps=1000, optimizer='muon', lr=6e-3, lr_end=6e-5,
@@ -541,8 +541,9 @@ class Process:
 
     def mean(self, values):
         """In place, over the processes."""
-        self.sum(values)
-        values /= self.world
+        if self.world > 1:
+            self.sum(values)
+            values /= self.world
 
     def max(self, number):
         """Largest of the processes' integers. By gloo, so no process waits for its GPU."""
@@ -609,7 +610,7 @@ def find_process(device='', dtype='', compile=None, training=False):
         torch.cuda.set_stream(torch.cuda.Stream(device))
     if not dtype:
         dtype = 'bfloat16' if gains_by_bfloat16(device, training) else 'float32'
-    if dtype not in ('float32', 'bfloat16'):
+    if dtype not in TABLES['dtype']:
         raise UserError(f'--dtype {dtype} must be float32 or bfloat16')
     if device.type == 'cpu':
         # In bfloat16, torch's fused attention takes three to four times as long as plain products

@@ -324,8 +324,8 @@ class Trainer:
 
     def row(self):
         """Terms since the last row, averaged over the steps that were not skipped; `replaced` and
-        `skipped` are counts. Prints what was skipped; SystemExit if no step of the
-        last rows was good, HOPELESS or more in all. Waits for the device."""
+        `skipped` are counts. Prints what was skipped; SystemExit if no step of the last rows was
+        good, HOPELESS or more in all. Waits for the device."""
         skipped = self.skipped.item()
         good, replaced = self.count - skipped, self.totals[self.names.index('replaced')].item()
         self.lost = 0 if good else self.lost + self.count
