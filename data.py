@@ -718,12 +718,25 @@ def cli(main):
     except OSError as e:
         what = f'{e.filename}: {e.strerror}' if e.filename else e.strerror or e
         sentence = f'error: {what}; name one that can be read, or written, and has room'
-    except RuntimeError as e:
-        if 'DataLoader worker (pid' not in str(e):
+    except (MemoryError, RuntimeError) as e:
+        sentence = f'error: {shortage(e)}'
+        if not shortage(e):
             raise
-        sentence = 'error: a data loading process died, maybe out of memory; try fewer --workers'
     print(sentence, file=sys.stderr)
     sys.exit(code)
+
+
+def shortage(error):
+    """-> a sentence if the error comes of too little memory, else ''"""
+    text = str(error) or type(error).__name__
+    if 'DataLoader worker (pid' in text:
+        return 'a data loading process died, maybe out of memory; try fewer --workers'
+    full = 'out of memory' in text or "can't allocate memory" in text
+    if full or isinstance(error, MemoryError):
+        said = '. '.join(text.split('. ')[:2])                     # the rest is on allocators
+        return (f'not enough memory ({said}); train.py needs less with more --grad_accum or '
+                '--grad_ckpt 1, sample.py and evaluate.py with a smaller --batch_size')
+    return ''
 
 
 class Parser(argparse.ArgumentParser):

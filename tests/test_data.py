@@ -822,6 +822,28 @@ data.cli(lambda argv: list(data.batches(Deadly([], [0] * 9), 8, 4, 0, False, 0, 
     assert done.returncode == 2 and 'fewer --workers' in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.parametrize('shortage', [
+    lambda argv: np.empty(2 ** 55, 'd'), lambda argv: torch.empty(2 ** 55, dtype=torch.double),
+    lambda argv: throw(torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB. '
+                                              'GPU 0 has a total capacity of 79.2 GiB.'))])
+def test_too_little_memory_is_told_in_a_sentence(shortage, capsys):
+    """The first two ask for 2^58 bytes, which no machine can address."""
+    with pytest.raises(SystemExit) as e:
+        data.cli(shortage)
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and err.count('\n') == 1
+    assert 'llocate' in err and '--grad_accum' in err and 'capacity' not in err
+
+
+def test_other_errors_keep_their_traceback():
+    with pytest.raises(RuntimeError, match='a defect'):
+        data.cli(lambda argv: throw(RuntimeError('a defect')))
+
+
+def throw(error):
+    raise error
+
+
 def alive(pid):
     try:
         os.kill(pid, 0)
