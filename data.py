@@ -32,6 +32,7 @@ import struct
 import sys
 import tarfile
 import threading
+import traceback
 import typing
 import urllib.request
 import zipfile
@@ -702,40 +703,60 @@ def cli(main):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors='backslashreplace')
         setattr(sys, name, stream)
-    code = 2
+    several = 'RANK' in os.environ
+    try:
+        code, sentence = attempt(main)
+    except Exception:
+        if not several:
+            raise
+        code, sentence = 1, traceback.format_exc()
+    if sentence:
+        print(sentence, file=sys.stderr)
+    if code and several:
+        # A normal exit takes leave of the other processes. On GPUs that waits for them, and they
+        # may wait for this one.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if code:
+        sys.exit(code)
+
+
+def attempt(main):
+    """Run main(arguments) -> exit code, and the sentence that says why if it is not 0"""
     try:
         main(sys.argv[1:])
         sys.stdout.flush()
-        return
+        return 0, ''
     except UserError as e:
-        sentence = f'error: {e}'
+        return 2, f'error: {e}'
     except KeyboardInterrupt:
-        sentence, code = '\ninterrupted; what was saved before is untouched', 130
+        return 130, '\ninterrupted; what was saved before is untouched'
     except BrokenPipeError:
         # The reader left, as in `... | head`.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        return 1, ''
     except OSError as e:
         what = f'{e.filename}: {e.strerror}' if e.filename else e.strerror or e
-        sentence = f'error: {what}; name one that can be read, or written, and has room'
+        return 2, f'error: {what}; name one that can be read, or written, and has room'
     except (MemoryError, RuntimeError) as e:
-        sentence = f'error: {shortage(e)}'
-        if not shortage(e):
+        if not circumstance(e):
             raise
-    print(sentence, file=sys.stderr)
-    sys.exit(code)
+        return 2, f'error: {circumstance(e)}'
 
 
-def shortage(error):
-    """-> a sentence if the error comes of too little memory, else ''"""
-    text = str(error) or type(error).__name__
+def circumstance(error):
+    """-> a sentence for an error that comes of the machine, not of the program; else ''"""
+    text = (str(error) or type(error).__name__).splitlines()[0]
     if 'DataLoader worker (pid' in text:
         return 'a data loading process died, maybe out of memory; try fewer --workers'
-    full = 'out of memory' in text or "can't allocate memory" in text
-    if full or isinstance(error, MemoryError):
+    full = 'out of memory', "can't allocate memory", 'ALLOC_FAILED'
+    if isinstance(error, MemoryError) or any(words in text for words in full):
         said = '. '.join(text.split('. ')[:2])                     # the rest is on allocators
         return (f'not enough memory ({said}); train.py needs less with more --grad_accum or '
                 '--grad_ckpt 1, sample.py and evaluate.py with a smaller --batch_size')
+    if 'by peer' in text:                                          # of a connection: closed, reset
+        return 'another process has ended; what it printed says why'
     return ''
 
 

@@ -24,7 +24,6 @@ import zipfile
 import numpy as np
 import torch
 from torch import nn
-import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
@@ -32,8 +31,8 @@ from data import (Unreadable, UserError, cli, crop, fetch, hexdigest, open_data,
                   parse_options, refuse_damage, refuse_damaged, refuse_negative, require,
                   whole)
 from model import (RECON, TOL, check_sampling, find_process, from_uint8, generator, grid,
-                   load_model, note_on_guidance, plot, psnr, sample_images, to_uint8, tolerance,
-                   with_weights_in)
+                   load_model, note_on_guidance, plot, progress, psnr, sample_images,
+                   sampling_dtype, to_uint8, tolerance, with_weights_in)
 from vae import load_lpips
 
 SPLITS = 10                                # of the Inception score, and thus the fewest images
@@ -380,15 +379,11 @@ class Statistics:
 
     def summary(self, name):
         """Add up the processes -> the dictionary above, without n, size and what follows; features
-        only on process 0. UserError if a feature of `name` is not finite."""
-        features, process = torch.cat(self.features).cpu(), self.process
+        of all only on process 0. UserError if a feature of `name` is not finite."""
+        process = self.process
         for total in self.sums.values():
             process.sum(total)
-        if process.world > 1:
-            shares = [None] * process.world if process.rank == 0 else None
-            dist.gather_object(features, shares)
-            if process.rank == 0:
-                features = torch.cat(shares)
+        features = torch.cat(process.gather(torch.cat(self.features).cpu()))
         if not all(total.isfinite().all() for total in self.sums.values()):
             raise UserError(f'the features of {name} are not finite; the network, or an image, is '
                             'damaged')
@@ -721,20 +716,12 @@ def refuse_other_sizes(data, numbers, images, side, first):
                             f'of one size; {first} is {side} wide')
 
 
-def progress(batches, n, text, process):
-    """The same batches, (positions, images), with a bar that counts the images of all processes"""
-    quiet = True if process.rank else None                         # None: where there's no terminal
-    with tqdm(total=n, desc=text, unit='img', disable=quiet) as bar:
-        for positions, images in batches:
-            yield positions, images
-            bar.update(min(len(positions) * process.world, n - bar.n))
-
-
 def measure(batches, n, kept, name, features, process):
     """Batches (positions, images) of every process -> statistics of the n images"""
     statistics = Statistics(features.network, n, kept, process)
     for positions, images in progress(batches, n, name, process):
-        statistics.add(positions, images)
+        if len(positions):
+            statistics.add(positions, images)
     return statistics.summary(name)
 
 
@@ -816,16 +803,11 @@ def compare_generated(options, process, trained):
 
 
 def generate(options, process, trained, cfg, gamma):
-    """Yield positions (b,), images (b, H, W, 3) uint8: this process's share, classes in turn."""
+    """This process's share as `sample_images` yields it, classes in turn"""
     labels = torch.arange(options.num_samples) % max(1, len(trained.class_names))
-    start = 0
-    for images in sample_images(trained.model, labels, options.seed, process, options.batch_size,
-                                cfg, gamma, guidance=options.guidance,
-                                tol=tolerance(options.decode, options.tol)):
-        mine = np.arange(process.rank, len(images), process.world)
-        if len(mine):
-            yield start + mine, images[mine]
-        start += len(images)
+    return sample_images(trained.model, labels, options.seed, process, options.batch_size, cfg,
+                         gamma, guidance=options.guidance,
+                         tol=tolerance(options.decode, options.tol))
 
 
 # -------------------------------------------------------- the tasks: what a checkpoint has learned
@@ -1146,14 +1128,12 @@ def save(path, content):
 def main(argv):
     options, start = parse_options(Options, argv, 'Images to numbers.'), time.time()
     options.check()
-    torch.backends.cudnn.allow_tf32 = False                        # Inception in full float32
     dtype = options.dtype
     if options.ckpt:
         trained = Trained(*load_model(options.ckpt))
         check_sampling(trained.config, any(options.gamma), options.guidance,
                        tolerance(options.decode, options.tol))
-        if not dtype and trained.config.dtype == 'float32':
-            dtype = 'float32'
+        dtype = sampling_dtype(dtype, trained.config)
     process = find_process(options.device, dtype)
     if options.num_samples < process.world:
         raise UserError(f'--num_samples must be at least {process.world}, one per process')

@@ -545,6 +545,14 @@ class Process:
             self.sum(values)
             values /= self.world
 
+    def gather(self, value):
+        """-> a list of all processes' values on process 0, on the others of their own"""
+        if self.world == 1:
+            return [value]
+        values = [None] * self.world if self.rank == 0 else None
+        dist.gather_object(value, values)
+        return values or [value]
+
     def max(self, number):
         """Largest of the processes' integers. By gloo, so no process waits for its GPU."""
         if self.world == 1:
@@ -605,6 +613,7 @@ def find_process(device='', dtype='', compile=None, training=False):
         raise UserError(f"--device {device} can't be used here: {str(e).splitlines()[0]}")
     cuda = device.type == 'cuda'
     if cuda:
+        torch.backends.cudnn.allow_tf32 = False                    # float32 means float32
         torch.cuda.set_device(device)
         # Work on the default stream can't be captured as a CUDA graph, nor what depends on it.
         torch.cuda.set_stream(torch.cuda.Stream(device))
@@ -621,6 +630,11 @@ def find_process(device='', dtype='', compile=None, training=False):
     if 'RANK' in os.environ:
         meet(process)
     return process
+
+
+def sampling_dtype(asked, config):
+    """--dtype and a checkpoint's Config -> the dtype to ask for; '' is the default"""
+    return asked or ('float32' if config.dtype == 'float32' else '')
 
 
 CPU_INFO = '/proc/cpuinfo'                                         # on Linux
@@ -892,34 +906,53 @@ def note_on_guidance(config, class_names, cfg, gamma, guidance):
 
 
 def sample_images(model, labels, seed, process, batch_size, cfg=0.0, gamma=0.0, order=None, **how):
-    """Yield images (b, H, W, 3) uint8; every process makes its share, at most batch_size at once,
-    and gets all of them. All processes must call it, and consume it to the end.
+    """Yield this process's share of the images, at most batch_size at once: positions (b,) in
+    `order`, images (b, H, W, 3) uint8. All processes must call it, and consume it to the end; they
+    yield equally often, and the last time b may be 0.
 
     Image i has class labels[i] and noise from (seed, i), so it depends neither on batch_size nor on
     the processes. order: of the i, by default 0, 1, 2, ...  how: see SimFlow.generate. Says how
     many images were not finite: they are black.
     """
-    order, broken = range(len(labels)) if order is None else order, 0
-    for start in range(0, len(order), batch_size * process.world):
-        first = start + process.rank * batch_size
-        index, images = order[first:first + batch_size], np.zeros((0, 0, 0, 3), np.uint8)
-        failed = 0
-        if len(index):
+    n, broken = len(labels), torch.zeros((), dtype=torch.long)
+    order = np.arange(n) if order is None else order
+    for start in range(0, n, batch_size * process.world):
+        end = min(n, start + batch_size * process.world)
+        positions = np.arange(start + process.rank, end, process.world)
+        images = np.zeros((0, model.image_size, model.image_size, 3), np.uint8)
+        if len(positions):
+            index = order[positions]
             sources = [generator('cpu', SAMPLE, seed, int(i)) for i in index]
             noise = torch.stack([torch.randn(model.flow.shape, generator=g) for g in sources])
             with process.autocast():
-                y = torch.stack([labels[i] for i in index]).to(process.device)
+                y = labels[index].to(process.device)
                 x = model.generate(y, noise.to(process.device), cfg, gamma, **how)
-            failed, images = int(x.isnan().flatten(1).any(1).sum()), to_uint8(x)
-        shares = [(images, failed)]
-        if process.world > 1:
-            shares = [None] * process.world
-            dist.all_gather_object(shares, (images, failed))
-        broken += sum(failed for _, failed in shares)
-        yield np.concatenate([images for images, _ in shares if len(images)])
+            broken += x.isnan().flatten(1).any(1).sum().cpu()
+            images = to_uint8(x)
+        yield positions, images
+    process.sum(broken)
     if broken:
-        process.print(f'{broken} of {len(order)} images are not finite, and black: --cfg or '
-                      '--gamma is too large, or the checkpoint is broken')
+        process.print(f'{broken} of {n} images are not finite, and black: --cfg or --gamma is too '
+                      'large, or the checkpoint is broken')
+
+
+def gather_images(batches, process):
+    """What `sample_images` yields -> batch by batch the images of all processes in their order, on
+    process 0; on the others their own"""
+    for batch in batches:
+        shares = process.gather(batch)
+        positions = np.concatenate([positions for positions, _ in shares])
+        images = np.concatenate([images for _, images in shares])
+        yield images[np.argsort(positions)]
+
+
+def progress(batches, n, text, process):
+    """The same batches, (positions, images), with a bar that counts the images of all processes"""
+    quiet = True if process.rank else None                         # None: where there's no terminal
+    with tqdm(total=n, desc=text, unit='img', disable=quiet) as bar:
+        for positions, images in batches:
+            yield positions, images
+            bar.update(min(len(positions) * process.world, n - bar.n))
 
 
 def to_uint8(images):

@@ -14,12 +14,12 @@ import zipfile
 import numpy as np
 from PIL import Image, ImageDraw
 import torch
-from tqdm import tqdm
 
 from data import UserError, cli, option, parse_options, refuse_negative, require, whole
 from flow import JACOBI_IMAGES, jacobi_is_slower
-from model import (TOL, check_sampling, export, find_process, grid, load_model, note_on_guidance,
-                   ready_to_sample, sample_images, tolerance)
+from model import (TOL, check_sampling, export, find_process, gather_images, grid, load_model,
+                   note_on_guidance, progress, ready_to_sample, sample_images, sampling_dtype,
+                   tolerance)
 
 
 @dataclass
@@ -46,7 +46,8 @@ class Options:
     out: str = option('', "X.png: a grid; X.npz: ADM's layout; X/: a new folder of PNGs; "
                           'default: grid.png beside --ckpt')
     device: str = option('', 'cuda, mps, cpu; default: the best there is')
-    dtype: str = option('', 'float32 or bfloat16 (autocast); default: bfloat16 if the GPU has it')
+    dtype: str = option('', 'float32 or bfloat16 (autocast); default: float32 if --dtype was that '
+                            'in training, else bfloat16 if the GPU has it')
     compile: bool = option(False, 'torch.compile, which takes a minute: worth it on a GPU for ten '
                                   'thousand images or more per process')
 
@@ -112,17 +113,6 @@ def save_grid(path, batches, labels, class_names):
     labelled_grid(np.concatenate(list(batches)), labels, class_names).save(path)
 
 
-def save_folder(folder, batches, labels, class_names):
-    """A PNG per image as it comes, in a folder per class if there are classes"""
-    i = 0
-    for batch in batches:
-        for image in batch:
-            home = os.path.join(folder, class_names[labels[i]] if class_names else '')
-            os.makedirs(home, exist_ok=True)
-            Image.fromarray(image).save(os.path.join(home, f'{i:06d}.png'))
-            i += 1
-
-
 def save_npz(path, batches, labels, class_names):
     """ADM's layout: arr_0 (N, H, W, 3) uint8, arr_1 (N,) labels if there are classes. Written as
     the batches come, since 50,000 images of 256 pixels are 10 GB."""
@@ -139,25 +129,38 @@ def save_npz(path, batches, labels, class_names):
                 np.lib.format.write_array(f, labels)
 
 
-WRITERS = {'.png': save_grid, '.npz': save_npz}                    # of all else, save_folder
+def save_folder(folder, batches, labels, class_names):
+    """A PNG per image as it comes, in a folder per class if there are classes. batches: positions
+    (b,) among all, images (b, H, W, 3); every process writes its own."""
+    for positions, images in batches:
+        for i, image in zip(positions, images):
+            home = os.path.join(folder, class_names[labels[i]] if class_names else '')
+            os.makedirs(home, exist_ok=True)
+            Image.fromarray(image).save(os.path.join(home, f'{i:06d}.png'))
 
 
-def progress(batches, total, quiet):
-    """The same batches, with a bar that counts their images."""
-    with tqdm(total=total, unit=' images', disable=quiet or None) as bar:
-        for batch in batches:
-            yield batch
-            bar.update(len(batch))
+def save(path, batches, labels, class_names, process):
+    """Write what `sample_images` yields to an npz, a picture or a folder. labels (N,): of all."""
+    if path.endswith('/'):
+        return save_folder(path, batches, labels, class_names)
+    batches = gather_images(batches, process)
+    if process.rank:
+        for _ in batches:                                          # makes this process's share
+            pass
+    elif path.endswith('.npz'):
+        save_npz(path, batches, labels, class_names)
+    else:
+        save_grid(path, batches, labels, class_names)
 
 
 def main(argv):
     options = parse_options(Options, argv, 'Make images with a trained SimFlow.')
     options.check()
-    process = find_process(options.device, options.dtype, options.compile)
-    n = options.num_samples
     if options.export:
+        process = find_process(options.device)
         return process.on_rank_0(export, options.ckpt, options.export)
     model, config, class_names = load_model(options.ckpt)
+    process = find_process(options.device, sampling_dtype(options.dtype, config), options.compile)
     tol = tolerance(options.decode, options.tol)
     check_sampling(config, options.gamma, options.guidance, tol, options.denoise)
     chosen = torch.tensor(choose_classes(options.classes, class_names))
@@ -166,6 +169,7 @@ def main(argv):
     note = note_on_guidance(config, class_names, options.cfg, options.gamma, options.guidance)
     if note:
         process.print(note)
+    n = options.num_samples
     if tol and jacobi_is_slower(process.device, min(n, options.batch_size), options.cfg):
         process.print(f'--decode jacobi: with more than {JACOBI_IMAGES} images at once '
                       '(guided ones count twice) a CPU is faster token by token, and does that '
@@ -179,14 +183,8 @@ def main(argv):
     batches = sample_images(model, labels, options.seed, process, options.batch_size,
                             options.cfg, options.gamma, order, guidance=options.guidance, tol=tol,
                             denoise=options.denoise)
-    batches = progress(batches, n, quiet=process.rank > 0)
-    if process.rank:
-        for _ in batches:                                          # makes this process's share
-            pass
-        return
-    write = WRITERS.get(path[-4:], save_folder)
-    write(path, batches, labels.numpy()[order], class_names)
-    print(f'{path}: {n} images, cfg {options.cfg}, gamma {options.gamma} (0 is off)')
+    save(path, progress(batches, n, '', process), labels.numpy()[order], class_names, process)
+    process.print(f'{path}: {n} images, cfg {options.cfg}, gamma {options.gamma} (0 is off)')
 
 
 if __name__ == '__main__':

@@ -29,9 +29,9 @@ from data import (BatchDataset, Unreadable, UserError, batches, cli, held_out, h
                   open_data, parse_options, show, whole)
 from flow import Layer, SiT, VPFlow
 from model import (DIFFUSION, PRESETS, RECON, TRAIN, Aligned, Config, SimFlow, alignment,
-                   can_compile, find_process, from_uint8, generator, grid, load_checkpoint,
-                   load_teacher, mix_seed, plot, psnr, resample_grid, sample_images, to_uint8,
-                   with_weights_in)
+                   can_compile, find_process, from_uint8, gather_images, generator, grid,
+                   load_checkpoint, load_teacher, mix_seed, plot, psnr, resample_grid,
+                   sample_images, to_uint8, with_weights_in)
 from vae import VAE, Discriminator, adaptive_weight, hinge, load_lpips
 
 try:
@@ -755,12 +755,13 @@ def save_pictures(trainer, data, log):
     ema = with_weights_in(process.dtype, trainer.ema)
     halves = []
     for cfg in (0.0, CFG) if trainer.classes else (0.0,):
-        images = list(sample_images(ema, labels, config.seed, process, share, cfg))
-        halves.append(grid(np.concatenate(images), 8))
+        drawn = sample_images(ema, labels, config.seed, process, share, cfg)
+        halves.append(np.concatenate(list(gather_images(drawn, process))))
     if process.rank:
         return
     log.draw(os.path.join(config.out, 'log.png'))
-    grid(np.stack(halves), 2).save(os.path.join(config.out, f'samples_{step:07d}.png'))
+    halves = np.stack([grid(half, 8) for half in halves])
+    grid(halves, 2).save(os.path.join(config.out, f'samples_{step:07d}.png'))
     pixels, *_ = next(batches(data, config.image_size, 16, config.seed, flip=False, start=0,
                               steps=1))
     noise = torch.randn(16, *trainer.model.flow.shape,
@@ -971,7 +972,7 @@ def next_batch(trainer, data, meter, feed):
     if trainer.process.max(int(error is not None)):
         if trainer.step > trainer.saved:
             save(trainer, data)
-        raise error or SystemExit(2)
+        raise error or UserError('another process can\'t go on; it says why')
     return batch
 
 

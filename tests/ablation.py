@@ -162,7 +162,8 @@ class Judge:
     def features(self, model, labels, cfg, gamma=0.0):
         """-> features of samples of these classes"""
         batches = sample_images(model, labels, 0, find_process('cpu'), 100, cfg, gamma)
-        return self.judge.features(self.net, np.concatenate(list(batches)), 96)
+        images = np.concatenate([images for _, images in batches])
+        return self.judge.features(self.net, images, 96)
 
     def __call__(self, path):
         """-> distance and label accuracy at cfg 0 and 2"""

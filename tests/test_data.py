@@ -756,9 +756,9 @@ def test_packed_keeps_classes(tmp_path, six):
 
 # ------------------------------------------------------------------------------------ command lines
 
-def run(*args):
+def run(*args, **env):
     return subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True,
-                          timeout=60)
+                          timeout=60, env=os.environ | env)
 
 
 def test_command_packs(tmp_path, damaged):
@@ -835,9 +835,36 @@ def test_too_little_memory_is_told_in_a_sentence(shortage, capsys):
     assert 'llocate' in err and '--grad_accum' in err and 'capacity' not in err
 
 
+@pytest.mark.parametrize('text, words', [
+    ('CUDA error: out of memory\nSearch for it\nCompile with it', 'not enough memory'),
+    ('cuDNN error: CUDNN_STATUS_ALLOC_FAILED', 'not enough memory'),
+    ('[gloo/pair.cc:534] Connection closed by peer [127.0.0.1]:1', 'another process')])
+def test_what_the_machine_says_becomes_a_sentence(text, words):
+    sentence = data.circumstance(RuntimeError(text))
+    assert words in sentence and '\n' not in sentence
+
+
 def test_other_errors_keep_their_traceback():
     with pytest.raises(RuntimeError, match='a defect'):
         data.cli(lambda argv: throw(RuntimeError('a defect')))
+
+
+@pytest.mark.parametrize('error, code, words', [
+    ('data.UserError("wrong")', 2, 'error: wrong'), ('ValueError("defect")', 1, 'Traceback')])
+def test_one_of_several_processes_ends_at_once(error, code, words):
+    """Without the parting that is registered, in which a GPU's process would wait for the rest."""
+    program = f"""
+import atexit, data
+atexit.register(print, 'parting')
+def fail(argv):
+    print('begun')
+    raise {error}
+data.cli(fail)
+"""
+    alone, several = run('-c', program), run('-c', program, RANK='0')
+    for done in alone, several:
+        assert done.returncode == code and words in done.stderr
+    assert 'parting' in alone.stdout and several.stdout == 'begun\n'
 
 
 def throw(error):

@@ -381,7 +381,7 @@ BAD = {                                                # name: file, how it is w
     'sizes': ('x', lambda path: save_folder(path, [*IMAGES, *golden.images(0, 9, 9)]),
               'of one size'),
     'oblong': ('x.npz', lambda path: save_npz(path, IMAGES[:, :4]), 'square'),
-    'few': ('x.npz', lambda path: save_npz(path, IMAGES[:9]), '^9 images of .* the numbers need 10'),
+    'few': ('x.npz', lambda path: save_npz(path, IMAGES[:9]), '^9 images of .* numbers need 10'),
     'empty': ('x', lambda path: save_folder(path, []), 'no images'),
     'name': ('x.npz', lambda path: np.savez(path, images=IMAGES), 'holds no images .arr_0'),
     'missing': ('x.npz', lambda path: None, 'cannot be read'),

@@ -214,7 +214,7 @@ def test_a_rate_of_zero_moves_nothing():
 
 
 def test_data_that_fail_in_one_process_cost_no_steps(tmp_path):
-    """One says what was wrong, the other ends without a word, and process 0 saves first."""
+    """One says what was wrong, the other that it is not alone, and process 0 saves first."""
     write_folder(tmp_path / 'data', {f'c{i % 2}/{i}.png': b'no image' if i % 24 < 2 else png('red')
                                      for i in range(120)})
     result = run(torchrun(2, 'train.py', *TINY, '--data', f'{tmp_path}/data', '--steps', '50',

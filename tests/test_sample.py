@@ -10,6 +10,7 @@ import sample
 from test_train import TINY, python, run, torchrun
 import train
 from data import UserError
+from model import Config, sampling_dtype
 
 
 @pytest.fixture(scope='module')
@@ -121,12 +122,21 @@ def test_where_samples_cannot_go(ckpt, tmp_path, monkeypatch):
 
 def test_an_interrupted_npz_leaves_nothing(ckpt, tmp_path, monkeypatch):
     def interrupted(*args, **how):
-        yield np.zeros((4, 16, 16, 3), np.uint8)
+        yield np.arange(4), np.zeros((4, 16, 16, 3), np.uint8)
         raise KeyboardInterrupt
     monkeypatch.setattr(sample, 'sample_images', interrupted)
     with pytest.raises(KeyboardInterrupt):
         sample.main(['--ckpt', ckpt, '--out', f'{tmp_path}/a.npz'])
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize('asked, trained, dtype', [
+    ('', 'float32', 'float32'), ('bfloat16', 'float32', 'bfloat16'), ('', '', ''),
+    ('', 'bfloat16', '')])
+def test_dtype_of_samples(asked, trained, dtype):
+    """float32 was asked for with a reason, such as a small sigma; bfloat16 may suit another
+    device."""
+    assert sampling_dtype(asked, Config(dtype=trained)) == dtype
 
 
 def test_guidance_without_classes_is_said(tmp_path, capsys):
