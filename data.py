@@ -21,6 +21,7 @@ import gzip
 import hashlib
 import http.client
 import io
+import itertools
 import json
 import math
 import os
@@ -48,8 +49,8 @@ from tqdm import tqdm
 IMAGE_ENDINGS = set('.jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm '
                     '.jp2 .avif .tga'.split())
 SPLITS = {'train', 'training', 'val', 'valid', 'validation', 'test', 'testing'}
-# Pillow's limits guard servers against uploads, but huge images in a training set are scans, or a
-# satellite's. Now it refuses only what hardly fits in memory: more than twice as many pixels.
+# Pillow refuses images of more than twice as many pixels. Its own limit guards servers against
+# uploads; a training set may well hold large scans.
 Image.MAX_IMAGE_PIXELS = 2 ** 29
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 26
 
@@ -162,13 +163,12 @@ class Zip:
             for info in z.infolist():
                 # Windows has \ between folders, and others begin with / or ./
                 name = posixpath.normpath(info.filename.replace('\\', '/')).lstrip('/')
-                if not info.filename.endswith(('/', '\\')) and not is_hidden(name):
-                    infos[name] = info
-        for name, info in infos.items():
-            known = info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-            if not known or info.flag_bits & 1:
-                raise UserError(f'{name} in {path} is encrypted, or compressed by another method '
-                                'than deflate; unpack the zip, and name the folder')
+                if info.filename.endswith(('/', '\\')) or is_hidden(name):
+                    continue
+                known = info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+                require(known and not info.flag_bits & 1, f'{name} in {path} is encrypted, or '
+                        'compressed otherwise than by deflate; unpack it, and name the folder')
+                infos[name] = info
         self.names = sorted(infos)
         infos = [infos[name] for name in self.names]
         self.places = np.array([(i.header_offset, i.compress_size, i.compress_type) for i in infos])
@@ -188,7 +188,7 @@ def skip_header(f, offset):
 
 
 class Files(Data):
-    """The images of a Folder or a Zip. Folders around everything don't count; the top folders below
+    """The images of a Folder or a Zip. Folders that hold all images are skipped; those below them
     are the classes, unless a dataset.json, as StyleGAN and EDM have it, gives class numbers."""
 
     def __init__(self, source):
@@ -214,7 +214,9 @@ class Files(Data):
             classes = classes_in_table(names, source.path, text)
         else:
             classes = classes_in_folders(names, source.path)
-        class_names = sorted(set(classes), key=number_or_name)
+        class_names = sorted(set(classes))
+        # Numbers as numbers, 2 before 10, then names
+        class_names.sort(key=lambda name: int(name) if name.isdecimal() else math.inf)
         labels = {name: label for label, name in enumerate(class_names)}
         super().__init__(class_names, [labels[name] for name in classes])
         if class_names == ['']:
@@ -265,11 +267,6 @@ def classes_in_table(names, path, text):
                         '...]} for all images there, or {"labels": null} for data without classes')
 
 
-def number_or_name(name):
-    """Sort key for classes: numbers as numbers, 2 before 10, then names"""
-    return (0, int(name), name) if name.isdecimal() else (1, 0, name)
-
-
 def notes_on(others, root, images):
     """Names of files that are no images, root of the images, their names below it -> sentences on
     what was left out"""
@@ -302,9 +299,8 @@ class Arrays(Data):
 def open_npz(path):
     """-> Data of arr_0, (N, H, W, 3) or (N, H, W) uint8, and, if there, labels arr_1 (N,), as ADM
     and sample.py write them. The images stay on disk unless they are compressed: they may not fit
-    in memory."""
-    with refuse_damaged(path), zipfile.ZipFile(path) as z, np.load(path) as arrays, \
-            open(path, 'rb') as f:
+    in memory. (Workers on a Mac or on Windows copy them; --workers 0 has none.)"""
+    with zipfile.ZipFile(path) as z, np.load(path) as arrays, open(path, 'rb') as f:
         if 'arr_0.npy' not in z.namelist():
             raise UserError(f'{path} holds no images (arr_0); name one that does')
         info = z.getinfo('arr_0.npy')
@@ -332,12 +328,13 @@ def open_npz(path):
 
 
 @contextlib.contextmanager
-def refuse_damaged(path):
+def refuse_damaged(path, what='cannot be read, or is damaged', do='give one that is intact'):
     """Whatever is wrong with a file becomes one sentence."""
     try:
         yield
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as e:
-        raise UserError(f'{path} cannot be read, or is damaged: {e}')
+    except DAMAGED as e:
+        why, *_ = f'{type(e).__name__}: {e}'.splitlines()
+        raise UserError(f'{path} {what} ({why}); {do}')
 
 
 class Part(Data):
@@ -378,25 +375,19 @@ def open_data(name):
     if not os.path.exists(name):
         raise UserError(f'there is no {name}; give a folder, a zip or an npz of images, or '
                         f'{" or ".join(BUILT_IN)}')
-    try:
+    with refuse_damaged(name):
         if os.path.isdir(name):
             return Files(Folder(name))
         return open_npz(name) if name.endswith('.npz') else Files(Zip(name))
-    except zipfile.BadZipFile:
-        raise UserError(f'{name} is neither a folder nor an intact zip; give one that has images '
-                        'in it')
-    except OSError as e:
-        raise UserError(f'{name} could not be read ({e.strerror}); give a folder or a zip that '
-                        'can be read')
 
 
 # ----------------------------------------------------------------------------------------- batches
 
 def batches(data, image_size, batch_size, seed, flip, start, steps, rank=0, world=1, workers=0,
-            pin=False):
+            pin=False, limit=0.01):
     """Yield images (b, 3, H, W) uint8, labels (b,) int64 and the number of images replaced, for the
     steps from `start` to `steps` - 1. b = batch_size / world, a whole number. Each epoch is one
-    permutation, and a batch may span several. UserError if over 1% can't be read."""
+    permutation, and a batch may span several. UserError if more than `limit` can't be read."""
     dataset = BatchDataset(data, image_size, batch_size, seed, flip, rank, world)
     broken, seen = [], 0
     try:
@@ -405,19 +396,19 @@ def batches(data, image_size, batch_size, seed, flip, start, steps, rank=0, worl
             seen += len(labels) + len(replaced)
             # A few in the first batches prove little.
             if len(broken) > 5:
-                refuse_damage(broken, len(broken), seen)
+                refuse_damage(broken, len(broken), seen, limit)
             images = torch.from_numpy(images)
             # From pinned memory they travel to a GPU in the background.
             images = images.pin_memory() if pin else images
             yield images.permute(0, 3, 1, 2), torch.from_numpy(labels), len(replaced)
-    except Unreadable:
-        raise UserError('a hundred images in a row are unreadable; is the disk with them still '
-                        'there?')
+    except Unreadable as e:                                        # a worker's begins otherwise
+        raise UserError('a hundred images in a row are unreadable, the last one '
+                        f'{str(e).splitlines()[-1]}; is the disk with them still there?')
 
 
-def refuse_damage(names, count, seen):
+def refuse_damage(names, count, seen, limit=0.01):
     """UserError if over 1% of the images seen are unreadable. names: of some, count: of how many"""
-    if count > 0.01 * seen:
+    if count > limit * seen:
         raise UserError(f'{count} of {seen} images are unreadable, such as {", ".join(names[:3])}; '
                         'repair or remove them')
 
@@ -452,7 +443,7 @@ class BatchDataset(Dataset):
             except Unreadable:
                 broken.append(self.data.name(i))
             i = np.random.default_rng((self.seed, 2, step, slot, attempt)).integers(n)
-        raise Unreadable
+        raise Unreadable(broken[-1])
 
 
 # Two, as a batch may lie in two epochs.
@@ -465,8 +456,8 @@ def prefetch(dataset, indices, workers, pin=False):
     """-> iterator over dataset[i], tuples that `workers` processes make a little ahead (0: this).
     pin: a thread collects them, so that the GPU's process need not wait for the pipe.
 
-    The tuples hold arrays, not tensors: torch passes tensors through shared memory, of which Docker
-    gives 64 MB, and waits for ever when that is full. All else goes through a pipe.
+    The tuples hold arrays, not tensors: torch passes tensors through shared memory. Docker allows
+    64 MB of it, and a full one blocks torch for ever. All else goes through a pipe.
     """
     # Processes of forkserver, Python 3.14's default, would outlive a parent that is killed.
     fork = 'fork' if workers and sys.platform == 'linux' else None
@@ -562,23 +553,20 @@ def main(argv):
 
 # ----------------------------------------------------------------------------------- built-in data
 
-# Server, and digest of each file there. We leave the test images where they are.
-CIFAR10 = 'https://www.cs.toronto.edu/~kriz', {
-    'cifar-10-binary.tar.gz': 'md5:c32a1d4ab5d03f1284b67883e8d87530'}
-FASHION_MNIST = 'http://fashion-mnist.s3-website.eu-central-1.amazonaws.com', {
-    'train-images-idx3-ubyte.gz': 'md5:8d4fb7e6c68d591d4c3dfef9ec88bf0d',
-    'train-labels-idx1-ubyte.gz': 'md5:25c81989df183df01b3e8a0aad5dffbe'}
-
-
-def download(server, digests):
-    """-> paths of the files"""
-    return [fetch(f'{server}/{file}', os.path.join(CACHE, file), digest)
-            for file, digest in digests.items()]
+# Address and digest of each file. We leave the test images where they are.
+CIFAR10 = {
+    'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz':
+        'md5:c32a1d4ab5d03f1284b67883e8d87530'}
+FASHION_MNIST = {
+    'http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/train-images-idx3-ubyte.gz':
+        'md5:8d4fb7e6c68d591d4c3dfef9ec88bf0d',
+    'http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/train-labels-idx1-ubyte.gz':
+        'md5:25c81989df183df01b3e8a0aad5dffbe'}
 
 
 def cifar10():
     """The 50,000 training images of CIFAR-10 (Krizhevsky 2009), 32 pixels per side."""
-    archive, = download(*CIFAR10)
+    archive, = itertools.starmap(fetch, CIFAR10.items())
     with tarfile.open(archive) as tar:
         files = {posixpath.basename(m.name): tar.extractfile(m).read() for m in tar if m.isfile()}
     rows = b''.join(files[f'data_batch_{i}.bin'] for i in range(1, 6))
@@ -592,7 +580,7 @@ def cifar10():
 def fashion_mnist():
     """The 60,000 training images of Fashion-MNIST (Xiao et al. 2017), grey, padded from 28 to 32
     pixels per side with their black background, as is customary: then sides halve evenly."""
-    paths = download(*FASHION_MNIST)
+    paths = itertools.starmap(fetch, FASHION_MNIST.items())
     images, labels = [np.frombuffer(gzip.open(path).read(), np.uint8) for path in paths]
     images = np.pad(images[16:].reshape(-1, 28, 28), ((0, 0), (2, 2), (2, 2)))
     names = 't-shirt trouser pullover dress coat sandal shirt sneaker bag ankle-boot'
@@ -678,10 +666,9 @@ BUILT_IN = {'shapes': Shapes, 'cifar10': cifar10, 'fashion_mnist': fashion_mnist
 
 # ------------------------------------------------------------------------ what every program needs
 
-CACHE = os.path.join(torch.hub.get_dir(), 'simflow')
-# What torch.load, or a look inside, raises on files that are not what they should be.
-DAMAGED = (OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, struct.error,
-           pickle.UnpicklingError)
+# What a look inside raises on files that are not what they should be.
+DAMAGED = (OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, AttributeError,
+           struct.error, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error)
 
 
 class UserError(Exception):
@@ -858,10 +845,11 @@ def whole(path, temporary=''):
             os.remove(temporary)
 
 
-def fetch(url, path, digest, hint='try again, or download it by hand to that place'):
-    """Download `url` to `path`, unless it is there -> path. digest: 'md5:...' or 'sha256:...' or
-    their start. UserError if it can't be had whole. Several processes may do this at once: each
-    writes its own file, and the last rename wins."""
+def fetch(url, digest, hint='try again, or download it by hand to that place', name=''):
+    """Download `url`, unless it is there -> path, in torch.hub's cache. digest: 'md5:...' or
+    'sha256:...' or their start. name: of the file. UserError if it can't be had whole. Several
+    processes may do this at once: each writes its own file, and the last rename wins."""
+    path = os.path.join(torch.hub.get_dir(), 'checkpoints', name or os.path.basename(url))
     kind, expected = digest.split(':')
     if path.startswith('~'):
         raise UserError(f'there is no home directory to download {url} to; set HOME or TORCH_HOME')

@@ -74,14 +74,15 @@ class Options:
         refuse_negative(self)
         tolerance(self.decode, self.tol)
         encodes = bool(self.reconstruct or self.latents or self.classify)
-        guided = bool(any(self.cfg) or any(self.gamma) or self.guidance)
+        guided = bool(any(self.cfg) or any(self.gamma) or self.guidance
+                      or self.decode == 'jacobi')
         tasks = bool(self.reconstruct or self.latents) + bool(self.classify) + guided
         require(bool(self.samples) != bool(self.ckpt),
                 'name either samples to measure, or a --ckpt')
-        require(self.ckpt or not tasks, '--reconstruct, --latents, --classify, --cfg, --gamma and '
-                '--guidance need a --ckpt')
+        require(self.ckpt or not tasks, '--reconstruct, --latents, --classify, --cfg, --gamma, '
+                '--guidance and --decode jacobi need a --ckpt')
         require(tasks < 2, '--reconstruct or --latents, --classify, and sampling with --cfg, '
-                '--gamma or --guidance are three runs: ask for one at a time')
+                '--gamma, --guidance or --decode are three runs: ask for one at a time')
         require(self.ref or encodes, '--ref is missing, the images to compare with: a folder, a '
                 'zip, an npz or a data set')
         require(self.features in FEATURES,
@@ -298,10 +299,8 @@ def load_inception(options):
             raise UserError(f'{path} has {digest[:15]}, and is not the file {INCEPTION_URL} '
                             f'({INCEPTION_DIGEST})')
     else:
-        folder = os.path.join(torch.hub.get_dir(), 'checkpoints')
-        path = fetch(INCEPTION_URL, os.path.join(folder, os.path.basename(INCEPTION_URL)),
-                     INCEPTION_DIGEST, 'put it there by hand, name a copy: --weights, or use '
-                     '--features random')
+        path = fetch(INCEPTION_URL, INCEPTION_DIGEST, 'put it there by hand, name a copy: '
+                     '--weights, or use --features random')
     net = Inception()
     # A plain dict may lack num_batches_tracked, as this file does: it has no version metadata.
     net.load_state_dict(dict(torch.load(path, map_location='cpu', weights_only=True)))
@@ -421,23 +420,15 @@ def frechet(mu_a, cov_a, mu_b, cov_b):
         |mu_a - mu_b|^2 + tr A + tr B - 2 tr (A B)^(1/2),        A, B: the covariances
 
     without a general matrix square root: where A = L L^T, the symmetric L^T B L has the eigenvalues
-    of A B. L is Cholesky's, or where A is singular, as with fewer images than features, made of
-    eigenvectors.
+    of A B. L is made of A's eigenvectors, as A may be singular.
     """
-    a = torch.from_numpy(cov_a).double()
-    b = torch.from_numpy(cov_b).double()
-    a, b = (a + a.T) / 2, (b + b.T) / 2
+    a, b = torch.from_numpy(cov_a).double(), torch.from_numpy(cov_b).double()
     noise = torch.finfo(a.dtype).eps * len(a)                      # rounding's share of the largest
-    root, failed = torch.linalg.cholesky_ex(a)
-    pivots = root.diagonal() ** 2
-    if failed or pivots.min() <= noise * pivots.max():
-        values, vectors = torch.linalg.eigh(a)
-        positive = values > noise * values[-1]
-        root = vectors[:, positive] * values[positive].sqrt()
+    values, vectors = torch.linalg.eigh(a)
+    positive = values > noise * values[-1]
+    root = vectors[:, positive] * values[positive].sqrt()
     values = torch.linalg.eigvalsh(root.T @ b @ root)
-    trace = 0.0                                                    # of (A B)^(1/2)
-    if len(values):
-        trace = values[values > noise * values.amax()].sqrt().sum()
+    trace = values[values > noise * values[-1:]].sqrt().sum()      # of (A B)^(1/2)
     spread = (a.trace() + b.trace() - 2 * trace).item()
     return max(0.0, spread + np.square(mu_a - mu_b).sum().item())
 
@@ -582,7 +573,11 @@ Source = namedtuple('Source', 'path data index size given')
 def open_source(path, limit, size, features, process):
     """A folder, a zip, an npz, or a data set by name -> Source, of at most `limit` images, 0: all.
     UserError if it is none, or holds statistics of another size or other features."""
-    arrays, has_images = read_statistics(path)
+    arrays, has_images = {}, True
+    if path.endswith('.npz'):
+        with refuse_damaged(path), zipfile.ZipFile(path), np.load(path) as npz:
+            arrays = {name: npz[name] for name in npz.files if name not in ('arr_0', 'arr_1')}
+            has_images = 'arr_0' in npz.files or not arrays
     given = given_statistics(path, arrays, size, features)
     if given and given['size'] is None:
         process.print(f'{path} does not say of which images its statistics are: size, number and '
@@ -599,9 +594,8 @@ def open_images(path, limit, process):
     for note in data.notes:
         process.print(f'{path}: {note}')
     index, least = subset(len(data), limit), max(SPLITS, process.world)
-    if len(index) < least:
-        raise UserError(f'{len(index)} images of {path} are too few; the numbers need {least} or '
-                        'more')
+    require(len(index) >= least,
+            f'{len(index)} images of {path} are too few; the numbers need {least} or more')
     process.print(f'{path}: {len(index):,} of {len(data):,} images')
     return data, index
 
@@ -611,16 +605,6 @@ def subset(n, limit):
     come sorted by class, or with classes in turn: the first ones, or evenly spaced ones, would not
     be fair.)"""
     return np.sort(np.random.RandomState(2020).permutation(n)[:limit or n])
-
-
-def read_statistics(path):
-    """-> name -> array, of all but images and labels; whether there are images, too. {} and True
-    if it is no npz."""
-    if not path.endswith('.npz'):
-        return {}, True
-    with refuse_damaged(path), zipfile.ZipFile(path), np.load(path) as npz:
-        arrays = {name: npz[name] for name in npz.files if name not in ('arr_0', 'arr_1')}
-        return arrays, 'arr_0' in npz.files or not arrays
 
 
 def given_statistics(path, arrays, size, features):
@@ -639,9 +623,8 @@ def given_statistics(path, arrays, size, features):
     for name, value in facts_of(size, features).items():
         if value is not None and theirs.get(name) != value:
             differs.append(f'{name} {theirs.get(name)}, not {value}')
-    if differs:
-        raise UserError(f'{path} holds statistics of {" and ".join(differs)}; make them anew from '
-                        'the images')
+    require(not differs, f'{path} holds statistics of {" and ".join(differs)}; make them anew from '
+            'the images')
     return given | theirs
 
 
@@ -726,9 +709,9 @@ def measure(batches, n, kept, name, features, process):
 
 
 def source_statistics(source, options, features, process):
-    """The source's own statistics, or new ones of its images, with the features of all samples or
-    of some reference images. Where a file has both, as ADM's do, the images are for precision and
-    recall alone."""
+    """Statistics that the file holds, or else of its images, with the features of all samples or of
+    some reference images. If it holds both, as ADM's do, FID uses the statistics; precision and
+    recall use the images."""
     path, data, index, size, given = source
     if data is None:
         return given
@@ -933,8 +916,8 @@ def explore_latents(options, process, trained):
     numbers = means.result()
     var = numbers.pop('square') - numbers.pop('mu') ** 2           # (T, D)
     std = (var.clamp(min=0) * n / (n - 1)).sqrt().mean(0)          # (D,)
-    if not std.isfinite().all():
-        raise UserError(f'the latents of {options.ckpt} are not finite: it is broken; use another')
+    require(std.isfinite().all(),
+            f'the latents of {options.ckpt} are not finite: it is broken; use another')
     row = {'n': n, 'std of mu': std.mean().item()}
     row.update({name: number.item() for name, number in numbers.items()})
     if process.rank:
@@ -1009,15 +992,14 @@ CLASSIFIERS = {'gradient at softmax(0)': by_gradient, 'gradient at no class': by
 
 
 def classify(options, process, trained):
-    """Classify the images of --classify by p(x | class), in three ways. The gradients' scores have
-    a part that is the same for all images; `centred` is the accuracy without it."""
+    """Classify the images of --classify by p(x | class), in three ways. A class's gradient has an
+    offset that all images share; `centred` is the accuracy once each class's mean is taken off."""
     path = options.classify
     data, index = open_images(path, options.num_samples, process)
-    if not data.class_names or data.class_names != trained.class_names:
-        raise UserError(f'--classify {path} must have the classes that the checkpoint was trained '
-                        'with, by the same names')
-    if trained.config.prior == 'sit' or not trained.config.layers:
-        raise UserError(f'--classify needs a flow, and {options.ckpt} has none')
+    require(data.class_names and data.class_names == trained.class_names,
+            f"--classify {path} must have the checkpoint's classes, by the same names")
+    require(trained.config.prior != 'sit' and trained.config.layers,
+            f'--classify needs a flow, and {options.ckpt} has none')
     n, labels, rows = len(index), [], []
     scores = {name: [] for name in CLASSIFIERS}
     seconds = {name: 0.0 for name in CLASSIFIERS}
@@ -1135,8 +1117,8 @@ def main(argv):
                        tolerance(options.decode, options.tol))
         dtype = sampling_dtype(dtype, trained.config)
     process = find_process(options.device, dtype)
-    if options.num_samples < process.world:
-        raise UserError(f'--num_samples must be at least {process.world}, one per process')
+    require(options.num_samples >= process.world,
+            f'--num_samples must be at least {process.world}, one per process')
     if options.ckpt:
         trained.model.to(process.device)
     with torch.no_grad():

@@ -217,12 +217,11 @@ class Block(nn.Module):
     backwards: read the grid right to left, bottom to top. Starts as the identity: mean and
     log_scale are 0.
     """
-    Transformer = Transformer
 
-    def __init__(self, dim, tokens, width, heads, layers, classes, backwards):
+    def __init__(self, dim, tokens, width, heads, layers, classes, backwards, kind=Transformer):
         super().__init__()
         self.backwards = backwards
-        self.transformer = self.Transformer(dim, 2 * dim, tokens, width, heads, layers, classes)
+        self.transformer = kind(dim, 2 * dim, tokens, width, heads, layers, classes)
 
     def reorder(self, x):
         """Grid order <-> the order in which this block reads; its own inverse."""
@@ -266,14 +265,14 @@ class Flow(nn.Module):
     layers: transformer layers of each block; without blocks, (), the flow is the Gaussian N(0, I).
     classes: their number, 0 for data without labels; this number as an index means "no class".
     """
-    Block = Block
+    Block, Transformer = Block, Transformer
 
     def __init__(self, dim, tokens, width, heads, layers, classes):
         super().__init__()
         self.shape = tokens, dim
         self.null_class = classes
         self.blocks = nn.ModuleList(
-            self.Block(dim, tokens, width, heads, n, classes, backwards=i % 2 == 1)
+            self.Block(dim, tokens, width, heads, n, classes, i % 2 == 1, self.Transformer)
             for i, n in enumerate(layers))
 
     def forward(self, x, y, inputs=None):
@@ -514,8 +513,8 @@ def transposed_weights(layers, rows):
 # Tokens that Jacobi solves at once: about the fastest with trained flows of 64 and of 256 tokens.
 # In the deep block neighbours depend so closely on each other that work far ahead is wasted.
 WINDOW, WINDOW_DEEP = 64, 24
-# Jacobi computes several times as much, so on a CPU, for more images than this (guided ones count
-# twice), token by token is faster.
+# Jacobi computes several times as much. On a CPU it pays for at most this many images (guided ones
+# count twice).
 JACOBI_IMAGES = 4
 
 
@@ -598,7 +597,7 @@ class VPFlow(Flow):
         return z, logdet
 
     def track(self, mean, failed):
-        """End a training step. mean: averages over processes in place. failed: 1 skips the step."""
+        """End a training step. mean: averages over processes in place. failed: 1 changes nothing."""
         square = torch.stack(self.squares).mean(0)
         self.squares.clear()
         mean(square)
@@ -655,21 +654,13 @@ class TARTransformer(Transformer):
         return self.proj_out(h)
 
 
-class TARBlock(Block):
-    Transformer = TARTransformer
-
-
 class TARFlow(Flow):
     """TARFlow as released, for images in pixels: without adaLN, blocks of one depth."""
-    Block = TARBlock
-
-
-class TARVPBlock(VPBlock):
     Transformer = TARTransformer
 
 
 class TARVPFlow(VPFlow):
-    Block = TARVPBlock
+    Transformer = TARTransformer
 
 
 class SiT(Transformer):

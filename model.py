@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import DAMAGED, UserError, fetch, option, refuse_negative, require, whole
+from data import UserError, fetch, option, refuse_damaged, refuse_negative, require, whole
 from flow import GUIDANCE, Flow, Layer, SiT, TARFlow, TARVPFlow, VPFlow, shift
 from vae import LearnedVAE, Pixels, VAE
 
@@ -40,7 +40,8 @@ class SimFlow(nn.Module):
     def __init__(self, config, classes):
         super().__init__()
         c = config
-        self.vae = build_codec(c)
+        self.vae = CODECS[c.codec](c.vae_width, c.vae_mults, c.vae_patch, c.latent_dim, c.sigma,
+                                   c.latent_norm)
         self.flow = PRIORS[c.prior](c.latent_dim, c.tokens, c.width, c.heads, c.layers, classes)
         self.noise, self.guidance, self.denoise = NOISE[c.noise], c.guidance, c.denoise
         self.image_size = c.image_size
@@ -269,8 +270,9 @@ class Config:
                 f'--noise {self.noise} needs a --sigma of at most 1, not {self.sigma}')
         require(not self.unit_std or learned and self.freeze,
                 '--unit_std is for --codec learned with --freeze')
-        require(not self.freeze or self.init, f'--freeze {self.freeze} needs --init, a checkpoint '
-                f"of its VAE, such as python train.py --model vae{'_learned' * learned}'s")
+        stage_one = 'vae_learned' if learned else 'vae'
+        require(not self.freeze or self.init, f'--freeze {self.freeze} needs --init, the '
+                f'checkpoint of a VAE; make one by python train.py --model {stage_one}')
         require(not (self.freeze == 'vae' and (self.gan or self.lpips)),
                 '--freeze vae leaves --gan and --lpips nobody to teach: set both to 0')
         require(not sit or self.width % 4 == 0,
@@ -363,14 +365,6 @@ CODECS = {'vae': VAE, 'learned': LearnedVAE, 'pixels': Pixels}
 PRIORS = {'flow': Flow, 'vp': VPFlow, 'tarflow': TARFlow, 'tarflow_vp': TARVPFlow, 'sit': SiT}
 
 
-def build_codec(c):
-    """Config -> image <-> latents, a row of CODECS"""
-    if c.codec == 'pixels':
-        return Pixels(c.vae_patch, c.latent_dim, c.sigma)
-    return CODECS[c.codec](c.vae_width, c.vae_mults, c.vae_patch, c.latent_dim, c.sigma,
-                           c.latent_norm)
-
-
 # Kinds of noise: mu, sigma, eps ~ N(0, I) -> x (SimFlow's Table 6). The paper does not say what its
 # t is: here sigma, or random as in l-DeTok (Yang et al. 2025, arXiv:2507.15856), which it cites.
 
@@ -383,7 +377,7 @@ def linear(mu, sigma, eps):
 
 
 def slerp(mu, sigma, eps):
-    return math.sqrt(1 - sigma ** 2) * mu + sigma * eps
+    return (1 - sigma ** 2) ** 0.5 * mu + sigma * eps
 
 
 def linear_random(mu, sigma, eps):
@@ -392,8 +386,7 @@ def linear_random(mu, sigma, eps):
 
 def slerp_random(mu, sigma, eps):
     # Here t multiplies the noise; in Table 6 it multiplies mu.
-    t = random_t(eps)
-    return (1 - t ** 2).sqrt() * mu + t * eps
+    return slerp(mu, random_t(eps), eps)
 
 
 def random_t(eps):
@@ -576,8 +569,8 @@ class Process:
         return result[0]
 
     def rank_0_first(self, work, *args):
-        """Each process's own result of work(*args), first on process 0, which may download what
-        the others then find; or the UserError or OSError that process 0 raised."""
+        """Run work(*args) on process 0, then on the others, which find what it downloaded. Each
+        gets its own result; a UserError or OSError on process 0 is raised on all."""
         own = []
 
         def keep():                                                # not to be sent to the others
@@ -619,8 +612,7 @@ def find_process(device='', dtype='', compile=None, training=False):
         torch.cuda.set_stream(torch.cuda.Stream(device))
     if not dtype:
         dtype = 'bfloat16' if gains_by_bfloat16(device, training) else 'float32'
-    if dtype not in TABLES['dtype']:
-        raise UserError(f'--dtype {dtype} must be float32 or bfloat16')
+    require(dtype in TABLES['dtype'], f'--dtype {dtype} must be float32 or bfloat16')
     if device.type == 'cpu':
         # In bfloat16, torch's fused attention takes three to four times as long as plain products
         # for nano's 64 tokens, somewhat longer for 256, and only for 1,024 less.
@@ -689,8 +681,8 @@ TRAIN, SAMPLE, RECON, DIFFUSION = range(4)                         # random stre
 
 
 def mix_seed(*integers):
-    """-> an integer of 63 bits. Up to four integers, zeros at the end count for nothing: (1, 0) has
-    the seed of (1,)."""
+    """-> an integer of 63 bits. Of up to four integers, zeros at the end change nothing: (1, 0) and
+    (1,) give one seed."""
     return int(np.random.SeedSequence(integers).generate_state(1, np.uint64)[0] >> 1)
 
 
@@ -704,7 +696,9 @@ def generator(device, stream, seed, index=0):
 def load_checkpoint(path, option='--ckpt', mmap=False):
     """-> the dictionary that train.py saved, on the CPU. UserError if it is not one; option: what
     named it. With mmap, its tensors stay in the file until they are used."""
-    try:
+    require(os.path.exists(path), f'there is no checkpoint {path}; train one with `python '
+            f'train.py`, or name one with {option}')
+    with refuse_damaged(path, 'is not a checkpoint of train.py, or is damaged', 'use another'):
         state = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
         if 'blocks.0.pos_embed' in state:
             state = from_tarflow(state, path)
@@ -723,18 +717,10 @@ def load_checkpoint(path, option='--ckpt', mmap=False):
         state['config'] = known | state['config']                  # which may lack an option
         newer += [f'--{name} {state["config"][name]}' for name, table in TABLES.items()
                   if state['config'][name] not in table]
-    except FileNotFoundError:
-        raise UserError(f'there is no checkpoint {path}; train one with `python train.py`, or name '
-                        f'one with {option}')
-    except (*DAMAGED, AttributeError) as e:
-        raise UserError(f'{path} is not a checkpoint of train.py, or is damaged '
-                        f'({type(e).__name__})')
-    if older:
-        raise UserError(f'{path} is a diffusion model of an earlier version, which this one reads '
-                        'wrongly; use that version, or train it anew')
-    if newer:
-        raise UserError(f'{path} has options that this version does not know: {", ".join(newer)}; '
-                        'use the version that trained it')
+    require(not older, f'{path} is a diffusion model of an earlier version, which this one reads '
+            'wrongly; use that version, or train it anew')
+    require(not newer, f'{path} has options that this version does not know: {", ".join(newer)}; '
+            'use the version that trained it')
     return state
 
 
@@ -750,7 +736,8 @@ def from_tarflow(weights, path):
     std of the noise is not among the weights; it ends the file's name, as in ..._8_8_0.07.pth.
     Classes are named by their numbers."""
     tokens, width = weights['blocks.0.pos_embed'].shape
-    blocks = 1 + max(map(block_number, weights))
+    names = [name.split('.', 2)[1:] for name in weights if name.startswith('blocks.')]
+    blocks = 1 + max(int(i) for i, _ in names)
     dim = weights['blocks.0.proj_in.weight'].shape[1]
     channels = 3 if dim % 3 == 0 else 1
     patch = math.isqrt(dim // channels)
@@ -763,18 +750,19 @@ def from_tarflow(weights, path):
                         layers=blocks * (layers,),
                         sigma=float(sigma[1]) if sigma else 0.0, denoise=bool(sigma))
     ema = {'flow.variance': weights['var']} if vp else {}
-    for name, value in weights.items():
-        if name.endswith('pos_embed') and block_number(name) % 2:  # theirs is in grid order
+    for i, name in names:                                          # such as '3', 'proj_in.bias'
+        value = weights[f'blocks.{i}.{name}']
+        if name == 'pos_embed' and int(i) % 2:                     # theirs is in grid order
             value = value.flip(0)
-        elif name.endswith('class_embed'):
+        elif name == 'class_embed':
             value = value.squeeze(1)
-        elif '.proj_out.' in name:                                 # log_scale, if any, came first
+        elif name.startswith('proj_out'):                          # log_scale, if any, came first
             log_scale, mean = (torch.zeros_like(value), value) if vp else value.chunk(2)
             value = torch.cat([mean, log_scale])
-        if block_number(name) >= 0 and not name.endswith('attn_mask'):
-            for theirs, ours in TARFLOW_NAMES.items():
-                name = name.replace(theirs, ours)
-            ema[re.sub(r'^blocks\.(\d+)', r'flow.blocks.\1.transformer', name)] = value
+        for theirs, ours in TARFLOW_NAMES.items():
+            name = name.replace(theirs, ours)
+        if not name.endswith('attn_mask'):
+            ema[f'flow.blocks.{i}.transformer.{name}'] = value
     if not classes:
         empty = torch.zeros(0, width)
         ema |= {f'flow.blocks.{i}.transformer.classes.weight': empty for i in range(blocks)}
@@ -785,11 +773,6 @@ def from_tarflow(weights, path):
 TARFLOW_NAMES = {'pos_embed': 'pos', 'class_embed': 'classes.weight', 'attn_blocks': 'layers',
                  'attention.norm': 'norm1', 'mlp.norm': 'norm2', 'attention.': 'attn.',
                  'mlp.main': 'mlp'}
-
-
-def block_number(name):
-    """blocks.3.proj_in.bias -> 3; -1 for what is in no block"""
-    return int(name.split('.')[1]) if name.startswith('blocks.') else -1
 
 
 def load_model(path):
@@ -813,8 +796,8 @@ def without_projector(weights):
 def export(path, out):
     """Write what sampling, evaluation and --init need of a checkpoint: a quarter of it. UserError
     if that would replace something."""
-    if os.path.exists(out) or out.endswith('/'):
-        raise UserError(f'--export {out} is there already, or a folder; name a new file')
+    require(not os.path.exists(out) and not out.endswith('/'),
+            f'--export {out} is there already, or a folder; name a new file')
     state = load_checkpoint(path, mmap=True)
     kept = {name: state[name] for name in ('config', 'class_names', 'step')}
     kept['ema'] = without_projector(state['ema'])
@@ -1104,18 +1087,14 @@ def load_teacher(path, side):
     if path == 'random':
         return random_teacher(side)
     if path == 'dinov2':
-        home = os.path.join(torch.hub.get_dir(), 'checkpoints', os.path.basename(DINOV2_URL))
-        path = fetch(DINOV2_URL, home, DINOV2_DIGEST, 'put it there by hand, name a copy with '
-                     "--repa, or train without: --align ''")
-    try:
+        path = fetch(DINOV2_URL, DINOV2_DIGEST, 'put it there by hand, name a copy with --repa, or '
+                     "train without: --align ''")
+    with refuse_damaged(path, 'is not the weights of DINOv2 ViT-S/14, B/14 or L/14 without '
+                        'registers', "name a good copy with --repa, or 'dinov2' to download one"):
         state = torch.load(path, map_location='cpu', weights_only=True)
         width = state['cls_token'].shape[-1]
         depth = len({name.split('.')[1] for name in state if name.startswith('blocks.')})
         return DINOv2(width, depth, width // 64, side).load(state)
-    except DAMAGED as e:
-        raise UserError(f'{path} is not the weights of DINOv2 ViT-S/14, B/14 or L/14 without '
-                        f'registers ({type(e).__name__}); name a good copy with --repa, or '
-                        "'dinov2' to download one")
 
 
 def random_teacher(side):

@@ -25,8 +25,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import (BatchDataset, Unreadable, UserError, batches, cli, held_out, hold_out,
-                  open_data, parse_options, show, whole)
+from data import (UserError, batches, cli, held_out, hold_out, open_data, parse_options, require,
+                  show, whole)
 from flow import Layer, SiT, VPFlow
 from model import (DIFFUSION, PRESETS, RECON, TRAIN, Aligned, Config, SimFlow, alignment,
                    can_compile, find_process, from_uint8, gather_images, generator, grid,
@@ -47,9 +47,9 @@ FIXED_OPTIONS = CODEC_OPTIONS + (
     'repa_width gan_width gan_layers batch_size seed optimizer holdout').split()
 # Dense bf16 FLOP/s, for the column mfu of the log.
 PEAK = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12, 'L40S': 362e12, '4090': 165e12}
-# The share of it that --dry_run assumes, counting VAE and flow alone. Compiled steps at 256 pixels
-# reached 0.28 (S) and 0.32 (XXL) with 32 images on an H200, and 0.23 and 0.24, by GPU time, with 16
-# on an H100; data, logs and pictures take some of that.
+# Share of that peak which --dry_run assumes, counting VAE and flow alone. Compiled steps at 256
+# pixels reached 0.28 (S) and 0.32 (XXL) with 32 images on an H200, and 0.23 and 0.24, by GPU time,
+# with 16 on an H100; loading, logging and pictures take the rest.
 SHARE = 0.2
 HOPELESS = 4                                                       # steps in a row, all skipped
 
@@ -75,7 +75,7 @@ def draw_noise(config, classes, step, y, process):
     """The random numbers of a step -> noise (b, T, D), y (b,) with some classes dropped, for this
     process's b images. Diffusion models draw more from torch's global generator, seeded here.
 
-    Drawn for the global batch, then sliced, noise and y depend on (seed, step), not on the split.
+    Each process draws for the global batch and keeps its slice, so the split changes nothing.
     """
     torch.manual_seed(mix_seed(DIFFUSION, config.seed, step, process.rank))
     g = generator(process.device, TRAIN, config.seed, step)
@@ -324,8 +324,8 @@ class Trainer:
 
     def row(self):
         """Terms since the last row, averaged over the steps that were not skipped; `replaced` and
-        `skipped` are counts. Prints what was skipped; SystemExit if no step of the last rows was
-        good, HOPELESS or more in all. Waits for the device."""
+        `skipped` are counts. Prints what was skipped; SystemExit if all steps of the last rows were
+        skipped, HOPELESS or more of them. Waits for the device."""
         skipped = self.skipped.item()
         good, replaced = self.count - skipped, self.totals[self.names.index('replaced')].item()
         self.lost = 0 if good else self.lost + self.count
@@ -352,9 +352,8 @@ class Trainer:
         if was['codec'] == 'pixels':                               # where the rest means nothing
             options = ['codec', 'latent_dim', 'vae_patch']
         differs = [f'--{k} {show(was[k])}' for k in options if was[k] != getattr(self.config, k)]
-        if differs:
-            raise UserError(f'--init {self.config.init} was trained with {", ".join(differs)}; use '
-                            'that, too, or another checkpoint')
+        require(not differs, f'--init {self.config.init} was trained with {", ".join(differs)}; '
+                'use that, too, or another checkpoint')
         parts = ['vae']
         if all(was[k] == getattr(self.config, k) for k in ('prior', 'heads', 'layers')):
             parts.append('flow')
@@ -422,9 +421,7 @@ class Trainer:
 
 
 def variance(mu):
-    """(b, T, D) -> variance over images, its mean over (T, D); 0 for a single image. `validate`
-    takes its root after the mean over batches; the log's mu_std is a mean of micro-batches' roots.
-    """
+    """(b, T, D) -> variance over images, its mean over (T, D); 0 for a single image"""
     return mu.var(0).mean() if len(mu) > 1 else mu.new_zeros(())
 
 
@@ -576,47 +573,40 @@ def resume(trainer, data):
                         'must be one folder that all of them see')
     if not saved:
         return
-    if 'model' not in saved:
-        raise UserError(f'{path} holds averaged weights alone (sample.py --export), which cannot '
-                        'be resumed; start from it by --init, with another --out')
+    require('model' in saved, f'{path} holds averaged weights alone (sample.py --export), which '
+            'cannot be resumed; start from it by --init, with another --out')
     was, now = saved['config'], dataclasses.asdict(trainer.config)
     for options in (was, now):                                     # a teacher's file may move
         options['repa'] = os.path.basename(options['repa'])
-    differs = differences(saved, now, data)
-    if differs:
-        raise UserError(f'{path} was trained with {", ".join(differs)}; use those settings to '
-                        'resume it, or another --out for a new run')
+    differs, changed = differences(saved, now, trainer.process, data)
+    require(not differs, f'{path} was trained with {", ".join(differs)}; use those settings to '
+            'resume it, or another --out for a new run')
     try:
         trainer.load(saved)
         trainer.saved = trainer.step
     except (KeyError, ValueError, RuntimeError) as e:
         raise UserError(f'{path} does not hold what its options say ({str(e).splitlines()[0]}); '
                         'use the version that trained it, or another --out')
-    trainer.process.print(f'resuming {path} at step {trainer.step}'
-                          + ''.join(changes(saved, now, trainer.process, data)))
+    trainer.process.print(f'resuming {path} at step {trainer.step}' + ''.join(changed))
     trainer.config.init = was['init']
 
 
-def differences(saved, now, data):
-    """-> how a checkpoint differs from options `now` and these data, in the settings that define
-    the run"""
-    was = saved['config']
-    fixed = [k for k in FIXED_OPTIONS if now['align'] or not k.startswith('repa')]
-    differs = [f'--{k} {show(was[k])} (now {show(now[k])})' for k in fixed if was[k] != now[k]]
+def differences(saved, now, process, data):
+    """-> how a checkpoint differs from options `now` and these data: in settings that define the
+    run, and in others"""
+    was, differs, changed = saved['config'], [], []
+    for k in [k for k in now if was[k] != now[k]]:
+        if k in FIXED_OPTIONS and (now['align'] or not k.startswith('repa')):
+            differs.append(f'--{k} {show(was[k])} (now {show(now[k])})')
+        elif k not in ('init', 'dtype'):
+            changed.append(f', --{k} {show(was[k])} -> {show(now[k])}')
     if saved['class_names'] != data.class_names:
         differs.append(f'{len(saved["class_names"])} classes (now {len(data.class_names)}, or '
                        'other names)')
     if ('disc' in saved) != bool(now['gan']):
         differs.append(f'--gan {was["gan"]}')
-    return differs
-
-
-def changes(saved, now, process, data):
-    """-> how a checkpoint differs otherwise, in what a resumed run may change"""
-    was, dtype = saved['config'], process.dtype_name
-    changed = [f', --{k} {show(was[k])} -> {show(v)}' for k, v in now.items()
-               if was[k] != v and k not in ('init', 'dtype')]
     # Older checkpoints don't say theirs; they were made when a CPU's default was float32.
+    dtype = process.dtype_name
     default = 'float32' if process.device.type == 'cpu' else dtype
     before = saved.get('dtype') or was['dtype'] or default
     if before != dtype:
@@ -625,7 +615,7 @@ def changes(saved, now, process, data):
         changed.append(', not from --init, which is for a new --out')
     if saved.get('images', len(data)) != len(data):
         changed.append(f', {saved["images"]} -> {len(data)} images, in a new order')
-    return changed
+    return differs, changed
 
 
 class Log:
@@ -698,21 +688,6 @@ CFG = 2.0                                                          # of guided p
 HELD_OUT = 512                                                     # images, or one micro-batch
 
 
-def check_held_out(held, config):
-    """UserError now, not at the first measurement, if no image can be read."""
-    if len(held):
-        held_out_batch(BatchDataset(held, config.image_size, 1, config.seed, False, 0, 1), 0)
-
-
-def held_out_batch(dataset, step):
-    """-> dataset[step]; UserError if no image for it can be read"""
-    try:
-        return dataset[step]
-    except Unreadable:
-        raise UserError('no image that --holdout keeps can be read, such as '
-                        f'{dataset.data.name(0)}; repair or remove them')
-
-
 @torch.no_grad()
 def validate(trainer, held):
     """Held-out images under the averaged weights -> their nll in nats per latent dimension, less
@@ -723,13 +698,11 @@ def validate(trainer, held):
     steps = max(1, min(len(held), HELD_OUT) // size)
     torch.manual_seed(mix_seed(DIFFUSION, c.seed, 0, process.rank, 1))        # not as in training
     g = generator(process.device, RECON, c.seed)
-    # Unreadable images are replaced without the limit of 1%: one of a few images would exceed it.
-    data = BatchDataset(held, c.image_size, size, c.seed, False, process.rank, process.world)
     values = []
-    for step in range(steps):
-        pixels, y, _ = held_out_batch(data, step)                  # (b, H, W, 3), (b,)
-        image = from_uint8(torch.from_numpy(pixels).permute(0, 3, 1, 2).to(process.device))
-        y = torch.from_numpy(y).to(process.device)
+    # Of a few images one that is unreadable may be more than 1%.
+    for image, y, _ in batches(held, c.image_size, size, c.seed, False, 0, steps, process.rank,
+                               process.world, limit=1.0):
+        image, y = from_uint8(image.to(process.device)), y.to(process.device)
         noise = torch.randn(size, *model.flow.shape, generator=g, device=process.device)
         with process.autocast():
             recon, nll, _, mu = model(image, y, noise.chunk(process.world)[process.rank])[:4]
@@ -866,13 +839,6 @@ class Meter:
     def reset(self):
         self.start, self.waited, self.steps = time.perf_counter(), 0.0, 0
 
-    def next(self, feed):
-        start = time.perf_counter()
-        batch = next(feed)
-        self.waited += time.perf_counter() - start
-        self.steps += 1
-        return batch
-
     def row(self):
         """Since the last reset; the peak of memory since the start. Empty where not known."""
         seconds = time.perf_counter() - self.start
@@ -961,14 +927,22 @@ def train(config, data, process):
     return stopped
 
 
+def check_held_out(held, config):
+    """UserError now, not at the first measurement, if no image can be read."""
+    if len(held):
+        next(batches(held, config.image_size, 1, config.seed, False, 0, 1, limit=1.0))
+
+
 def next_batch(trainer, data, meter, feed):
     """The feed's next batch. If that fails in any process, all of them save the steps so far, and
     end."""
-    batch = error = None
+    batch, error, start = None, None, time.perf_counter()
     try:
-        batch = meter.next(feed)
+        batch = next(feed)
     except (UserError, RuntimeError, OSError) as e:                # the second of a killed loader
         error = e
+    meter.waited += time.perf_counter() - start
+    meter.steps += 1
     if trainer.process.max(int(error is not None)):
         if trainer.step > trainer.saved:
             save(trainer, data)

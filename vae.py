@@ -11,14 +11,13 @@ The method never asks which codec it is. Below the VAE stand its siblings: Learn
 predicts the variance, and Pixels, which only cuts patches.
 """
 import math
-import os
 
 import torch
 from torch import nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from data import DAMAGED, UserError, fetch
+from data import fetch, refuse_damaged
 
 
 class VAE(nn.Module):
@@ -334,9 +333,10 @@ class LearnedVAE(VAE):
 
 class Pixels(nn.Module):
     """TARFlow's codec, which learns nothing: a token is a patch of pixels, channel by channel.
-    latent_dim / patch^2 is 3, or 1 for grey images: the mean of the three channels."""
+    latent_dim / patch^2 is 3, or 1 for grey images: the mean of the three channels. Of VAE's other
+    arguments only sigma counts."""
 
-    def __init__(self, patch, latent_dim, sigma):
+    def __init__(self, width, mults, patch, latent_dim, sigma, layer_norm):
         super().__init__()
         self.sigma, self.channels = sigma, latent_dim // patch ** 2
         self.encoder, self.decoder = nn.PixelUnshuffle(patch), nn.PixelShuffle(patch)
@@ -361,17 +361,12 @@ HEADS_URL = ('https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips
 def load_lpips(vgg_path='', heads_path='', without='--lpips 0 --l2 400'):
     """-> LPIPS with its released weights, from files or downloaded once. May raise UserError, which
     names the options that turn LPIPS off, `without`."""
-    folder = os.path.join(torch.hub.get_dir(), 'checkpoints')
     advice = f'put it there by hand, name a copy with --{{}}, or do without LPIPS: {without}'
-    vgg_path = vgg_path or fetch(VGG16_URL, os.path.join(folder, 'vgg16-397923af.pth'),
-                                 'sha256:397923af', advice.format('lpips_vgg'))
-    heads_path = heads_path or fetch(HEADS_URL, os.path.join(folder, 'lpips_v0.1_vgg.pth'),
-                                     'md5:d507d7349b931f0638a25a48a722f98a',
-                                     advice.format('lpips_heads'))
-    try:
+    vgg_path = vgg_path or fetch(VGG16_URL, 'sha256:397923af', advice.format('lpips_vgg'))
+    heads_path = heads_path or fetch(HEADS_URL, 'md5:d507d7349b931f0638a25a48a722f98a',
+                                     advice.format('lpips_heads'), 'lpips_v0.1_vgg.pth')
+    with refuse_damaged(f'{vgg_path} and {heads_path}', 'are not the weights of VGG16 and of LPIPS',
+                        'name good copies with --lpips_vgg and --lpips_heads, or do without: '
+                        f'{without}'):
         return LPIPS().load(*(torch.load(path, map_location='cpu', weights_only=True)
                               for path in (vgg_path, heads_path)))
-    except DAMAGED as e:
-        raise UserError(f'{vgg_path} and {heads_path} are not the weights of VGG16 and of LPIPS '
-                        f'({type(e).__name__}); name good copies with --lpips_vgg and '
-                        f'--lpips_heads, or do without: {without}')

@@ -380,7 +380,7 @@ def test_what_is_no_data_is_told_in_a_sentence(tmp_path):
     write_zip(tmp_path / 'none.zip', {'README.txt': b'?'})
     write_folder(tmp_path / 'mixed', files(['1.png', 'cat/2.png']))
     for name, words in {'empty': 'no images in', 'missing': 'there is no',
-                        'text.zip': 'neither a folder nor', 'cut.zip': 'neither a folder nor',
+                        'text.zip': 'cannot be read', 'cut.zip': 'cannot be read',
                         'none.zip': 'no images in', 'mixed': 'beside its class'}.items():
         with pytest.raises(UserError, match=words) as e:
             open_data(str(tmp_path / name))
@@ -602,57 +602,65 @@ def server(tmp_path, monkeypatch):
         s.shutdown()
 
 
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """-> folder that downloads come to; it is not there yet"""
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path / 'hub'))
+    return tmp_path / 'hub' / 'checkpoints'
+
+
 def md5(raw):
     return 'md5:' + hashlib.md5(raw).hexdigest()
 
 
-def test_fetch_downloads_once(tmp_path, server):
+def test_fetch_downloads_once(server, cache):
     folder, address = server
     (folder / 'x').write_bytes(b'weights')
-    path = tmp_path / 'new' / 'folder' / 'x'
     sha256 = 'sha256:' + hashlib.sha256(b'weights').hexdigest()[:8]
-    assert fetch(f'{address}/x', str(path), sha256) == str(path) and path.read_bytes() == b'weights'
+    path = fetch(f'{address}/x', sha256)
+    assert path == str(cache / 'x') and (cache / 'x').read_bytes() == b'weights'
     (folder / 'x').unlink()
-    fetch(f'{address}/x', str(path), sha256)                       # a good file needs no server
-    assert os.listdir(path.parent) == ['x']
+    fetch(f'{address}/x', sha256)                                  # a good file needs no server
+    assert os.listdir(cache) == ['x']
 
 
 def test_no_home_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: '~/.cache/torch/hub')
     with pytest.raises(UserError, match='no home directory .*HOME'):
-        fetch('http://127.0.0.1:1/x', '~/.cache/torch/hub/x', md5(b'weights'))
+        fetch('http://127.0.0.1:1/x', md5(b'weights'))
     assert not os.path.exists('~')
 
 
-def test_fetch_replaces_a_truncated_file(tmp_path, server):
+def test_fetch_replaces_a_truncated_file(server, cache):
     folder, address = server
     (folder / 'x').write_bytes(b'weights')
-    (tmp_path / 'x').write_bytes(b'wei')
-    fetch(f'{address}/x', str(tmp_path / 'x'), md5(b'weights'))
-    assert (tmp_path / 'x').read_bytes() == b'weights'
+    cache.mkdir(parents=True)
+    (cache / 'y').write_bytes(b'wei')
+    fetch(f'{address}/x', md5(b'weights'), name='y')
+    assert (cache / 'y').read_bytes() == b'weights'
 
 
 @pytest.mark.parametrize('url', ['/corrupt', '/missing', 'http://127.0.0.1:1/x', 'nonsense'])
-def test_fetch_fails_in_a_sentence_and_leaves_nothing(tmp_path, server, url):
+def test_fetch_fails_in_a_sentence_and_leaves_nothing(server, cache, url):
     folder, address = server
     (folder / 'corrupt').write_bytes(b'weigths')
     url = address + url if url.startswith('/') else url
-    path = tmp_path / 'cache' / 'x'
     with pytest.raises(UserError) as e:
-        fetch(url, str(path), md5(b'weights'), hint='give it with --weights')
+        fetch(url, md5(b'weights'), 'give it with --weights', name='x')
     said = str(e.value)
-    assert all(part in said for part in (url, str(path), '--weights')) and '\n' not in said
-    assert os.listdir(path.parent) == []
+    assert all(part in said for part in (url, str(cache / 'x'), '--weights')) and '\n' not in said
+    assert os.listdir(cache) == []
 
 
-def serve(monkeypatch, tmp_path, server, table, contents):
-    """Let the data set of `table` be these files on the local server, and the cache be empty."""
+def serve(monkeypatch, server, table, contents):
+    """Let the data set of `table` be these files on the local server."""
     folder, address = server
     write_folder(folder, contents)
-    monkeypatch.setattr(data, table, (address, {name: md5(raw) for name, raw in contents.items()}))
-    monkeypatch.setattr(data, 'CACHE', str(tmp_path / 'cache'))
+    files = {f'{address}/{name}': md5(raw) for name, raw in contents.items()}
+    monkeypatch.setattr(data, table, files)
 
 
-def test_cifar10(monkeypatch, tmp_path, server):
+def test_cifar10(monkeypatch, server, cache):
     rows = np.random.default_rng(0).integers(0, 256, (5, 2, 3073), dtype=np.uint8)
     rows[..., 0] = np.arange(10).reshape(5, 2)
     members = {f'data_batch_{i + 1}.bin': rows[i].tobytes() for i in range(5)}
@@ -664,16 +672,16 @@ def test_cifar10(monkeypatch, tmp_path, server):
             info = tarfile.TarInfo(f'cifar-10-batches-bin/{name}')
             info.size = len(raw)
             tar.addfile(info, io.BytesIO(raw))
-    serve(monkeypatch, tmp_path, server, 'CIFAR10', {'cifar-10-binary.tar.gz': archive.getvalue()})
+    serve(monkeypatch, server, 'CIFAR10', {'cifar-10-binary.tar.gz': archive.getvalue()})
     d = open_data('cifar10')
     assert d.class_names == list('abcdefghij') and d.labels.tolist() == list(range(10)) and d.mirror
     planes = rows[1, 0, 1:].reshape(3, 32, 32)                     # image 2
     assert (np.asarray(d.load(2)) == planes.transpose(1, 2, 0)).all()
 
 
-def test_fashion_mnist(monkeypatch, tmp_path, server):
+def test_fashion_mnist(monkeypatch, server, cache):
     pixels = np.random.default_rng(0).integers(0, 256, (3, 28, 28), dtype=np.uint8)
-    serve(monkeypatch, tmp_path, server, 'FASHION_MNIST', {
+    serve(monkeypatch, server, 'FASHION_MNIST', {
         'train-images-idx3-ubyte.gz': gzip.compress(bytes(16) + pixels.tobytes()),
         'train-labels-idx1-ubyte.gz': gzip.compress(bytes(8) + bytes([9, 0, 3]))})
     d = open_data('fashion_mnist')
