@@ -698,7 +698,7 @@ def cli(main):
             raise
         code, sentence = 1, traceback.format_exc()
     if sentence:
-        print(sentence, file=sys.stderr)
+        sys.stderr.write(f'{sentence}\n')                          # as one, beside other processes
     if code and several:
         # A normal exit takes leave of the other processes. On GPUs that waits for them, and they
         # may wait for this one.

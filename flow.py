@@ -597,7 +597,7 @@ class VPFlow(Flow):
         return z, logdet
 
     def track(self, mean, failed):
-        """End a training step. mean: averages over processes in place. failed: 1 changes nothing."""
+        """End a training step. mean: averages over processes in place. failed: 1 skips the step."""
         square = torch.stack(self.squares).mean(0)
         self.squares.clear()
         mean(square)
