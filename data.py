@@ -33,6 +33,7 @@ import struct
 import sys
 import tarfile
 import threading
+import tokenize
 import traceback
 import typing
 import urllib.request
@@ -200,9 +201,9 @@ class Files(Data):
                 tables.append(i)
             else:
                 others.append(name)
-        if not index:
-            raise UserError(f'there are no images in {source.path}; give a folder or a zip of '
-                            'class folders')
+        ignored = ''.join(f' ({note})' for note in notes_on(others, '', []))
+        require(index, f'there are no images in {source.path}{ignored}; give a folder or a zip of '
+                'class folders')
         # Names are sorted: the folders that the first and the last image share are around all.
         ends = [*tables, index[0], index[-1]]
         root = posixpath.commonpath([posixpath.dirname(source.names[i]) for i in ends])
@@ -316,6 +317,9 @@ def open_npz(path):
     if images.dtype != np.uint8 or not (grey or colour) or not images.size:
         raise UserError(f'arr_0 of {path} is {images.dtype} {images.shape}; it must be uint8 '
                         '(N, H, W, 3), or (N, H, W) if grey')
+    require(not grey or images.shape[2] != 3,
+            f'arr_0 of {path} has shape {images.shape}; a single image needs another dimension, '
+            'of 1, before these')
     data = Arrays([], np.zeros(len(images)), images)
     if numbers is None:
         return data
@@ -408,9 +412,9 @@ def batches(data, image_size, batch_size, seed, flip, start, steps, rank=0, worl
 
 def refuse_damage(names, count, seen, limit=0.01):
     """UserError if over 1% of the images seen are unreadable. names: of some, count: of how many"""
-    if count > limit * seen:
-        raise UserError(f'{count} of {seen} images are unreadable, such as {", ".join(names[:3])}; '
-                        'repair or remove them')
+    some = ', '.join(list(dict.fromkeys(names))[:3])
+    require(count <= limit * seen, f'{count} of {seen} images are unreadable, such as {some}; '
+            'repair or remove them, or allow them to be read')
 
 
 class BatchDataset(Dataset):
@@ -471,9 +475,12 @@ def prefetch(dataset, indices, workers, pin=False):
     # A Ctrl-C is for this process alone, so it has to wait until the new ones ignore it.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
-        return iter(loader)
+        batches = iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    # If a worker is killed, torch would raise anywhere. Without its handler, next(batches) does.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    return batches
 
 
 def leave_group(worker):
@@ -508,7 +515,10 @@ def pack(data, path, size, workers):
                 broken.append(data.name(i))
                 continue
             folder = data.class_names[data.labels[i]] if data.class_names else ''
+            folder = folder.encode('utf-8', 'backslashreplace').decode()     # old Windows' names
             z.writestr(zipfile.ZipInfo(posixpath.join(folder, f'{i:08d}.png')), png)
+        require(len(broken) < len(data), f'none of the {len(data)} images can be read, such as '
+                f'{data.name(0)}')
     return broken
 
 
@@ -668,7 +678,8 @@ BUILT_IN = {'shapes': Shapes, 'cifar10': cifar10, 'fashion_mnist': fashion_mnist
 
 # What a look inside raises on files that are not what they should be.
 DAMAGED = (OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, AttributeError,
-           struct.error, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error)
+           ArithmeticError, struct.error, pickle.UnpicklingError, tokenize.TokenError,
+           zipfile.BadZipFile, zlib.error)
 
 
 class UserError(Exception):
@@ -690,15 +701,17 @@ def cli(main):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors='backslashreplace')
         setattr(sys, name, stream)
-    several = 'RANK' in os.environ
+    several = 'RANK' in os.environ                                 # torchrun ends them by SIGTERM
+    if not several:                                                # else it ends as Ctrl-C does
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code, sentence = attempt(main)
     except Exception:
         if not several:
             raise
         code, sentence = 1, traceback.format_exc()
-    if sentence:
-        sys.stderr.write(f'{sentence}\n')                          # as one, beside other processes
+    with contextlib.suppress(OSError):                             # of a terminal that is closed
+        sys.stderr.write(sentence and f'{sentence}\n')             # as one, beside other processes
     if code and several:
         # A normal exit takes leave of the other processes. On GPUs that waits for them, and they
         # may wait for this one.
@@ -821,12 +834,13 @@ def parse_value(kind, text):
     return value
 
 
-def refuse_negative(options):
-    """UserError if a number among the options, or in a list of numbers, is negative."""
+def check_numbers(options):
+    """UserError if a number among the options, or in a list of them, is negative or too large."""
     for name, value in vars(options).items():
         for number in value if isinstance(value, (list, tuple)) else [value]:
-            if isinstance(number, (int, float)) and number < 0:
-                raise UserError(f'--{name} must not be negative, but is {number}')
+            if isinstance(number, (int, float)):
+                require(number >= 0, f'--{name} must not be negative, but is {number}')
+                require(number < 1e38, f'--{name} {number} is too large')          # for a float32
 
 
 @contextlib.contextmanager
@@ -845,7 +859,8 @@ def whole(path, temporary=''):
             os.remove(temporary)
 
 
-def fetch(url, digest, hint='try again, or download it by hand to that place', name=''):
+def fetch(url, digest, hint='try again, download it by hand to that place, or set TORCH_HOME to '
+          'another', name=''):
     """Download `url`, unless it is there -> path, in torch.hub's cache. digest: 'md5:...' or
     'sha256:...' or their start. name: of the file. UserError if it can't be had whole. Several
     processes may do this at once: each writes its own file, and the last rename wins."""

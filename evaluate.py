@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import (Unreadable, UserError, cli, crop, fetch, hexdigest, open_data, option,
-                  parse_options, refuse_damage, refuse_damaged, refuse_negative, require,
+                  parse_options, refuse_damage, refuse_damaged, check_numbers, require,
                   whole)
 from model import (RECON, TOL, check_sampling, find_process, from_uint8, generator, grid,
                    load_model, note_on_guidance, plot, progress, psnr, sample_images,
@@ -71,7 +71,7 @@ class Options:
 
     def check(self):
         """Raise UserError for what can't be done."""
-        refuse_negative(self)
+        check_numbers(self)
         tolerance(self.decode, self.tol)
         encodes = bool(self.reconstruct or self.latents or self.classify)
         guided = bool(any(self.cfg) or any(self.gamma) or self.guidance

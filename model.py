@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import UserError, fetch, option, refuse_damaged, refuse_negative, require, whole
+from data import UserError, fetch, option, refuse_damaged, check_numbers, require, whole
 from flow import GUIDANCE, Flow, Layer, SiT, TARFlow, TARVPFlow, VPFlow, shift
 from vae import LearnedVAE, Pixels, VAE
 
@@ -226,7 +226,7 @@ class Config:
             require(values[name] > 0, f'--{name} must be positive, not {values[name]}')
         for name in SHARES:
             require(0 <= values[name] <= 1, f'--{name} must be between 0 and 1, not {values[name]}')
-        refuse_negative(self)
+        check_numbers(self)
         require(self.image_size % self.factor == 0, f'--image_size {self.image_size} must be a '
                 f'multiple of the down-sampling factor {self.factor}')
         require(self.width % self.heads == 0,
@@ -245,7 +245,7 @@ class Config:
         require(self.epochs + self.steps > 0, 'one of --steps and --epochs must be positive')
         # WORLD_SIZE without RANK counts in the plan only: no process would know its share.
         planned = self.dry_run or 'RANK' in os.environ
-        world = int(os.environ.get('WORLD_SIZE', 1)) if planned else 1
+        world = processes() if planned else 1
         require(self.batch_size % (world * self.grad_accum) == 0, f'--batch_size {self.batch_size} '
                 f'must be a multiple of {world} processes times --grad_accum {self.grad_accum}')
         self.check_system()
@@ -284,6 +284,13 @@ class Config:
                 require(block <= len(self.layers) and self.repa_layer <= self.layers[block - 1],
                         f'--repa_block {block} --repa_layer {self.repa_layer}: no such layer in '
                         f'--layers {",".join(map(str, self.layers))}')
+
+
+def processes():
+    """-> their number, as torchrun or the user says; 1 if nobody does"""
+    text = os.environ.get('WORLD_SIZE', '1')
+    require(text.isdecimal() and int(text), f"WORLD_SIZE must be a positive number, not '{text}'")
+    return int(text)
 
 
 POSITIVE = ('image_size latent_dim vae_width vae_patch width heads gan_width gan_layers batch_size '
@@ -581,8 +588,9 @@ class Process:
 
     def print(self, text):
         if self.rank == 0:
-            tqdm.write(text)                                       # above a progress bar, if any
-            sys.stdout.flush()                                     # a log file shall not lag behind
+            with contextlib.suppress(OSError):                     # nobody may be reading any more
+                tqdm.write(text)                                   # above a progress bar, if any
+                sys.stdout.flush()                                 # a log file shall not lag behind
 
 
 def find_process(device='', dtype='', compile=None, training=False):

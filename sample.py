@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 import torch
 
-from data import UserError, cli, option, parse_options, refuse_negative, require, whole
+from data import UserError, cli, option, parse_options, check_numbers, require, whole
 from flow import JACOBI_IMAGES, jacobi_is_slower
 from model import (TOL, check_sampling, export, find_process, gather_images, grid, load_model,
                    note_on_guidance, progress, ready_to_sample, sample_images, sampling_dtype,
@@ -56,7 +56,7 @@ class Options:
         for name in ('num_samples', 'batch_size'):
             value = getattr(self, name)
             require(value >= 1, f'--{name} must be at least 1, not {value}')
-        refuse_negative(self)
+        check_numbers(self)
         tolerance(self.decode, self.tol)
         require(not self.out or self.out.endswith(('.png', '.npz', '/')),
                 f'--out {self.out} must end in .png, in .npz or in / (a folder)')
@@ -102,15 +102,19 @@ def check_out(path):
     taken for samples of this run, or if nothing can be written there."""
     folder = path if path.endswith('/') else os.path.dirname(path) or '.'
     os.makedirs(folder, exist_ok=True)
-    if path.endswith('/') and os.listdir(folder):
-        raise UserError(f'--out {path} is not empty; name a new folder, or empty it')
-    if not os.access(folder, os.W_OK):
-        raise UserError(f'--out {path}: nothing can be written to {folder}; name another place')
+    if path.endswith('/'):
+        require(not os.listdir(path), f'--out {path} is not empty; name a new folder, or empty it')
+    else:
+        require(not os.path.isdir(path), f'--out {path} is a folder; name a file, or {path}/')
+    require(os.access(folder, os.W_OK),
+            f'--out {path}: nothing can be written to {folder}; name another place')
 
 
 def save_grid(path, batches, labels, class_names):
     """batches: of images (b, H, W, 3) uint8 -> one picture"""
-    labelled_grid(np.concatenate(list(batches)), labels, class_names).save(path)
+    picture = labelled_grid(np.concatenate(list(batches)), labels, class_names)
+    with whole(path) as temporary:
+        picture.save(temporary, 'png')
 
 
 def save_npz(path, batches, labels, class_names):

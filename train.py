@@ -14,6 +14,7 @@ import dataclasses
 import datetime
 import math
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -30,8 +31,8 @@ from data import (UserError, batches, cli, held_out, hold_out, open_data, parse_
 from flow import Layer, SiT, VPFlow
 from model import (DIFFUSION, PRESETS, RECON, TRAIN, Aligned, Config, SimFlow, alignment,
                    can_compile, find_process, from_uint8, gather_images, generator, grid,
-                   load_checkpoint, load_teacher, mix_seed, plot, psnr, resample_grid,
-                   sample_images, to_uint8, with_weights_in)
+                   load_checkpoint, load_teacher, mix_seed, plot, processes, psnr,
+                   resample_grid, sample_images, to_uint8, with_weights_in)
 from vae import VAE, Discriminator, adaptive_weight, hinge, load_lpips
 
 try:
@@ -319,6 +320,7 @@ class Trainer:
             average.copy_(value)                                   # running means already
         self.totals = torch.where(skip, self.totals, self.totals + values)
         self.skipped = self.skipped + skip
+        self.lost = torch.where(skip, self.lost + 1, 0)
         self.step, self.count = self.step + 1, self.count + 1
         self.warm_steps += 1
 
@@ -328,15 +330,15 @@ class Trainer:
         skipped, HOPELESS or more of them. Waits for the device."""
         skipped = self.skipped.item()
         good, replaced = self.count - skipped, self.totals[self.names.index('replaced')].item()
-        self.lost = 0 if good else self.lost + self.count
+        lost = 0 if good else self.lost.item()
         if skipped:
             names = ' and '.join(n for n, bad in zip(self.names, self.broken.tolist()) if bad)
             said = f'{names} infinite or NaN at step {self.broken_step.item()}'
-            if self.lost >= HOPELESS:
+            if lost >= HOPELESS:
                 sys.exit(1 if self.process.rank else
-                         f'error: {said}, and none of the last {self.lost} steps was finite; run '
-                         'the same command with a lower --lr, which resumes ckpt.pt if there is '
-                         'one')
+                         f'error: {said}, and none of the last {lost} steps was finite; run the '
+                         'same command with a lower --lr, which resumes ckpt.pt if there is one, '
+                         'or give another --out')
             self.process.print(f'{said}: skipped {skipped} of {self.count} steps')
         row = dict(zip(self.names, (self.totals / good).tolist()))
         row |= {'replaced': round(replaced), 'skipped': skipped}
@@ -526,8 +528,13 @@ def orthogonalize(matrices, dtype):
 
 # ----------------------------------------------------------------------------------- files and logs
 
-def save(trainer, data):
-    """Process 0 writes the checkpoint, and the others wait; UserError on all if it can't."""
+def save(trainer, data, doubt=HOPELESS):
+    """Process 0 writes the checkpoint, and the others wait; UserError on all if it can't. After
+    `doubt` skipped steps in a row the weights may be broken, and don't replace better ones."""
+    if trainer.lost >= doubt:
+        trainer.process.print(f'not saved at step {trainer.step}: {trainer.lost.item()} steps in a '
+                              'row were not finite')
+        return
     trainer.process.on_rank_0(write_checkpoint, trainer, data)
     trainer.saved = trainer.step
 
@@ -548,8 +555,8 @@ def write_checkpoint(trainer, data):
                 link_or_copy(path, kept)
     except (OSError, RuntimeError) as e:                           # the latter is torch's
         raise UserError(f'{target} could not be written at step {trainer.step} '
-                        f'({str(e).splitlines()[0]}); make room, and the same command resumes from '
-                        'the last checkpoint, if there is one')
+                        f'({str(e).splitlines()[0]}); once it can be, the same command resumes '
+                        'from the last checkpoint, if there is one')
 
 
 def link_or_copy(path, copy):
@@ -597,14 +604,14 @@ def differences(saved, now, process, data):
     was, differs, changed = saved['config'], [], []
     for k in [k for k in now if was[k] != now[k]]:
         if k in FIXED_OPTIONS and (now['align'] or not k.startswith('repa')):
-            differs.append(f'--{k} {show(was[k])} (now {show(now[k])})')
+            differs.append(f'--{k} {show(was[k])} (now {show(now[k]) or "nothing"})')
         elif k not in ('init', 'dtype'):
             changed.append(f', --{k} {show(was[k])} -> {show(now[k])}')
     if saved['class_names'] != data.class_names:
         differs.append(f'{len(saved["class_names"])} classes (now {len(data.class_names)}, or '
                        'other names)')
     if ('disc' in saved) != bool(now['gan']):
-        differs.append(f'--gan {was["gan"]}')
+        differs.append(f'--gan {was["gan"]} (now {now["gan"]})')
     # Older checkpoints don't say theirs; they were made when a CPU's default was float32.
     dtype = process.dtype_name
     default = 'float32' if process.device.type == 'cpu' else dtype
@@ -780,7 +787,7 @@ def print_plan(config):
         parts = {'flow': model.flow, 'VAE': model.vae, 'encoder': model.vae.encoder}
         if config.gan:
             parts['discriminator'] = Discriminator(config.gan_width, config.gan_layers)
-    world, steps = int(os.environ.get('WORLD_SIZE', 1)), total_steps(config, images)
+    world, steps = processes(), total_steps(config, images)
     rows = {f'{name} parameters': f'{sum(p.numel() for p in part.parameters()):,}'
             for name, part in parts.items()}
     flops = train_flops(config, classes)
@@ -881,8 +888,13 @@ def is_due(interval, step):
     return interval > 0 and step % interval == 0
 
 
-def saves(config, step):
-    return is_due(config.save_interval, step) or is_due(config.keep_interval, step)
+def save_if_due(trainer, data, last):
+    """last: the run ends here, and nothing later could be saved"""
+    c, step = trainer.config, trainer.step
+    if last:
+        save(trainer, data)
+    elif is_due(c.save_interval, step) or is_due(c.keep_interval, step):
+        save(trainer, data, doubt=1)
 
 
 def train(config, data, process):
@@ -919,12 +931,18 @@ def train(config, data, process):
             validates = len(held) > 0 and (done or (draws and not stopped))
             if validates or done or is_due(config.log_interval, trainer.step):
                 write_row(trainer, log, meter, lr, steps, held if validates else None)
-            if stopped or ends or saves(config, trainer.step):
-                save(trainer, data)
+            save_if_due(trainer, data, last=stopped or ends)
             if draws or ends and config.sample_interval:
                 save_pictures(trainer, data, log)
                 meter.reset()                                      # this, and validation, took time
     return stopped
+
+
+def check_out(config):
+    """UserError if --out lies in the folder --data, where its pictures would be taken for data."""
+    data, out = [os.path.join(os.path.realpath(path), '') for path in (config.data, config.out)]
+    require(not (os.path.isdir(data) and out.startswith(data)), f'--out {config.out} lies in '
+            f'--data {config.data}, where its pictures would be taken for data; name another place')
 
 
 def check_held_out(held, config):
@@ -975,6 +993,7 @@ def main(argv):
     process = find_process(config.device, config.dtype, config.compile, training=True)
     if process.compile:
         process.compile = can_compile(process, asked=config.compile)
+    check_out(config)
     data = process.rank_0_first(open_data, config.data)
     for note in data.notes:
         process.print(note)
@@ -984,10 +1003,10 @@ def main(argv):
     stopped = train(config, data, process)
     ckpt = os.path.join(config.out, 'ckpt.pt')
     if stopped:
-        process.print(f'stopped by {signal.Signals(stopped).name}; saved {ckpt}, the same command '
-                    'resumes from there')
+        process.print(f'stopped by {signal.Signals(stopped).name}; the same command resumes from '
+                    f'{ckpt}')
         sys.exit(128 + stopped)                                    # for schedulers: not done yet
-    process.print(f'make images with: python sample.py --ckpt {ckpt}')
+    process.print(f'make images with: python sample.py --ckpt {shlex.quote(ckpt)}')
 
 
 if __name__ == '__main__':

@@ -8,7 +8,6 @@ Options are train.py's, with WORLD_SIZE processes (1, if that is not set), and 1
 import contextlib
 import dataclasses
 import math
-import os
 from unittest import mock
 import warnings
 import weakref
@@ -21,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from data import cli, parse_options
-from model import PRESETS, Config, DINOv2, Process
+from model import PRESETS, Config, DINOv2, Process, processes
 from train import Trainer
 from vae import LPIPS
 
@@ -114,7 +113,7 @@ def predict_memory(config, classes, world=1):
 def main(argv):
     config = parse_options(Config, argv, 'Predict the memory of a training step.', PRESETS)
     dataclasses.replace(config, dry_run=True).check()              # counts WORLD_SIZE
-    parts = predict_memory(config, 1000, int(os.environ.get('WORLD_SIZE', 1)))
+    parts = predict_memory(config, 1000, processes())
     print(f'{sum(parts.values()) / 1e9:.2f} GB per process, not compiled; '
           'CUDA, cuDNN and fragmentation take more')
     for name, size in parts.items():

@@ -428,6 +428,7 @@ def test_npz_without_labels_has_no_classes(tmp_path, more, notes):
 @pytest.mark.parametrize('save, words', [
     (lambda path: np.savez(path, PIXELS[..., :1]), r'uint8 \(6, 8, 8, 1\); it must be uint8'),
     (lambda path: np.savez(path, PIXELS / 255), 'is float64'),
+    (lambda path: np.savez(path, np.zeros((32, 32, 3), np.uint8)), 'a single image'),
     (lambda path: np.savez(path, images=PIXELS), r'holds no images \(arr_0\)'),
     (lambda path: path.write_text('hello'), 'cannot be read, or is damaged')])
 def test_npz_of_something_else_is_refused(tmp_path, save, words):
@@ -769,6 +770,21 @@ def run(*args, **env):
                           timeout=60, env=os.environ | env)
 
 
+def test_nothing_to_pack_and_names_that_are_no_text(tmp_path):
+    """Windows' old names of folders, and files whose endings Pillow does not know."""
+    latin = os.fsdecode(b'caf\xe9')
+    packed = str(tmp_path / 'x.zip')
+    named = write_folder(tmp_path / 'a', {f'{latin}/1.png': png('red'), 'x/1.png': png('red')})
+    assert data.pack(open_data(named), packed, 8, 0) == []
+    assert zipfile.ZipFile(packed).namelist() == ['caf\\udce9/00000000.png', 'x/00000001.png']
+    unreadable = open_data(write_folder(tmp_path / 'b', {'1.png': b'', '2.png': b''}))
+    with pytest.raises(UserError, match='none of the 2 images can be read, such as 1.png'):
+        data.pack(unreadable, str(tmp_path / 'y.zip'), 8, 0)
+    assert not (tmp_path / 'y.zip').exists()
+    with pytest.raises(UserError, match='no images .*: 2 .heic'):
+        open_data(write_folder(tmp_path / 'c', {'1.heic': b'', '2.heic': b''}))
+
+
 def test_command_packs(tmp_path, damaged):
     done = run('data.py', damaged.source.path, str(tmp_path / 'x.zip'),
                '--size', '8', '--workers', '1')
@@ -799,8 +815,9 @@ def test_closed_pipe_is_quiet():
     assert done.stderr == b''
 
 
-def test_interrupt_is_quiet(tmp_path):
-    """As a terminal does it: Ctrl-C goes to the program and to its workers."""
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_is_quiet(tmp_path, number):
+    """As a terminal and a scheduler do it: the signal goes to the program and to its workers."""
     command = [sys.executable, 'data.py', 'shapes', str(tmp_path / 'x.zip'),
                '--size', '64', '--workers', '2']
     # Whoever starts tests in the background may have them ignore Ctrl-C, and all that they start.
@@ -810,12 +827,18 @@ def test_interrupt_is_quiet(tmp_path):
     while not any(path.stat().st_size for path in tmp_path.glob('x.zip.*.tmp')):
         assert program.poll() is None
         time.sleep(0.05)
-    os.killpg(program.pid, signal.SIGINT)
+    os.killpg(program.pid, number)
     _, err = program.communicate(timeout=900)
     assert program.returncode == 130, err
     assert err.endswith('interrupted; what was saved before is untouched\n'), err
     assert 'Traceback' not in err, err
     assert os.listdir(tmp_path) == []
+
+
+def test_killed_worker_stops_nothing_but_next(shapes):
+    """torch's own handler would raise anywhere, and the steps since the last save would be lost."""
+    next(data.prefetch(BatchDataset(shapes, 8, 4, 0, False, 0, 1), range(2), workers=1))
+    assert signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL
 
 
 def test_killed_worker_is_told_in_a_sentence():

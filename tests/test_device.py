@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from tqdm import tqdm
 
 from data import UserError
 import evaluate
@@ -82,9 +83,19 @@ def test_launchers_that_say_half_are_refused(monkeypatch):
     Config(batch_size=8, lpips=0.0).check()
     with pytest.raises(UserError, match='--batch_size 8'):             # but a plan for so many
         Config(batch_size=8, lpips=0.0, dry_run=True).check()
+    monkeypatch.setenv('WORLD_SIZE', 'three')
+    with pytest.raises(UserError, match="WORLD_SIZE must be a positive number, not 'three'"):
+        Config(batch_size=8, lpips=0.0, dry_run=True).check()
     monkeypatch.setenv('SLURM_STEP_NUM_TASKS', '8')
     with pytest.raises(UserError, match='torchrun'):
         find_process('cpu')
+
+
+def test_a_closed_terminal_ends_no_run(monkeypatch):
+    def closed(text):
+        raise BrokenPipeError
+    monkeypatch.setattr(tqdm, 'write', closed)
+    Process(torch.device('cpu'), torch.float32, False).print('a sentence')
 
 
 def test_old_gpus_compute_in_float32(two_gpus):

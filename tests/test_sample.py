@@ -113,6 +113,9 @@ def test_where_samples_cannot_go(ckpt, tmp_path, monkeypatch):
                         lambda *args, **how: pytest.fail('after an hour of sampling'))
     with pytest.raises(UserError, match='used/ is not empty'):
         sample.main(['--ckpt', ckpt, '--out', f'{tmp_path}/used/'])
+    (tmp_path / 'folder.png').mkdir()
+    with pytest.raises(UserError, match='is a folder'):
+        sample.main(['--ckpt', ckpt, '--out', f'{tmp_path}/folder.png'])
     with pytest.raises(OSError):
         sample.main(['--ckpt', ckpt, '--out', f'{tmp_path}/used/old.png/grid.png'])
     monkeypatch.setattr(os, 'access', lambda path, mode: False)
@@ -190,6 +193,7 @@ def test_classes_by_name_or_number():
 @pytest.mark.parametrize('argv, word', [
     (['--n', '0'], '--num_samples'), (['--seed', '-1'], '--seed'),
     (['--seed', str(2 ** 64)], '--seed'), (['--cfg', '-1'], '--cfg'),
+    (['--cfg', '1e39'], '--cfg'),
     (['--out', 'a.jpg'], '--out'), (['--gama', '1'], '--gama'),
     (['--batch_size', '0'], '--batch_size'), (['--decode', 'fast'], '--decode'),
     (['--tol', '0'], '--tol'),

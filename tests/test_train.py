@@ -24,6 +24,7 @@ from data import Part, UserError, batches, cli, hold_out, open_data, parse_optio
 from memory import predict_memory
 from model import (PRESETS, RECON, Config, Process, SimFlow, find_process, from_uint8, generator,
                    load_model, sample_images)
+from test_data import png, write_folder
 import train
 from vae import LPIPS, Discriminator
 
@@ -343,7 +344,7 @@ def test_signals_save_and_end(tmp_path, number, code):
     done = train_until(tmp_path, lambda step, start: step > start)
     os.killpg(process.pid, number)
     out, err = process.communicate(timeout=900)
-    assert process.returncode == code and 'resumes from there' in out and 'Traceback' not in err
+    assert process.returncode == code and 'command resumes from' in out and 'Traceback' not in err
     assert torch.load(tmp_path / 'ckpt.pt', weights_only=True)['step'] >= done
 
 
@@ -358,9 +359,10 @@ def spoil(monkeypatch, bad):
 
 
 def test_a_run_ends_when_a_whole_interval_was_skipped(tmp_path, monkeypatch, capsys):
-    """One bad step at 1, and from 6 on nothing else; a row every 4 steps."""
+    """One bad step at 1, and from 6 on nothing else; a row every 4 steps. What is due to be saved
+    after a bad step may be broken, and replaces nothing."""
     spoil(monkeypatch, lambda step: step == 1 or step >= 6)
-    with pytest.raises(SystemExit, match='nll.* at step 8, and none of the last 4 steps') as e:
+    with pytest.raises(SystemExit, match='nll.* at step 8, and none of the last 6 steps') as e:
         train.main([*TINY, '--steps', '99', '--save_interval', '4', '--sample_interval', '0',
                     '--log_interval', '4', '--out', str(tmp_path)])
     assert 'lower --lr' in str(e.value.code)
@@ -368,7 +370,25 @@ def test_a_run_ends_when_a_whole_interval_was_skipped(tmp_path, monkeypatch, cap
     assert 'at step 1: skipped 1 of 4 steps' in said and 'at step 6: skipped 2 of 4 steps' in said
     assert [row['skipped'] for row in read_log(tmp_path)] == ['1', '2']
     state = torch.load(tmp_path / 'ckpt.pt', weights_only=True)
-    assert state['step'] == 8 and all(value.isfinite().all() for value in state['model'].values())
+    assert state['step'] == 4 and all(value.isfinite().all() for value in state['model'].values())
+    assert 'not saved at step 8: 2 steps in a row' in said
+
+
+def test_a_broken_run_replaces_no_checkpoint(tmp_path, monkeypatch, capsys):
+    """Not at its end, either: four bad steps in a row are too many, and three prove nothing."""
+    spoil(monkeypatch, lambda step: step >= 4)
+    for stop, saved in (4, 4), (7, 7), (11, 7):
+        train.main([*TINY, '--steps', '99', '--stop_at', str(stop), '--sample_interval', '0',
+                    '--log_interval', '99', '--out', str(tmp_path)])
+        assert torch.load(tmp_path / 'ckpt.pt', weights_only=True)['step'] == saved
+    assert 'not saved at step 11: 4 steps in a row' in capsys.readouterr().out
+
+
+def test_pictures_never_become_data(tmp_path):
+    data = write_folder(tmp_path / 'data', {'1.png': png('red')})
+    with pytest.raises(UserError, match='lies in --data'):
+        train.main([*TINY, '--data', data, '--out', f'{data}/out'])
+    train.check_out(Config(data=data, out=f'{data}_out'))
 
 
 def test_a_few_skipped_steps_end_no_run(tmp_path, monkeypatch):
