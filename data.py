@@ -391,7 +391,8 @@ def batches(data, image_size, batch_size, seed, flip, start, steps, rank=0, worl
             pin=False, limit=0.01):
     """Yield images (b, 3, H, W) uint8, labels (b,) int64 and the number of images replaced, for the
     steps from `start` to `steps` - 1. b = batch_size / world, a whole number. Each epoch is one
-    permutation, and a batch may span several. UserError if more than `limit` can't be read."""
+    permutation, and a batch may span several. UserError if more than `limit`, a share, can't be
+    read."""
     dataset = BatchDataset(data, image_size, batch_size, seed, flip, rank, world)
     broken, seen = [], 0
     try:
@@ -405,13 +406,14 @@ def batches(data, image_size, batch_size, seed, flip, start, steps, rank=0, worl
             # From pinned memory they travel to a GPU in the background.
             images = images.pin_memory() if pin else images
             yield images.permute(0, 3, 1, 2), torch.from_numpy(labels), len(replaced)
-    except Unreadable as e:                                        # a worker's begins otherwise
+    except Unreadable as e:                                        # after a worker's traceback
         raise UserError('a hundred images in a row are unreadable, the last one '
                         f'{str(e).splitlines()[-1]}; is the disk with them still there?')
 
 
 def refuse_damage(names, count, seen, limit=0.01):
-    """UserError if over 1% of the images seen are unreadable. names: of some, count: of how many"""
+    """UserError if more than `limit` of the images seen, a share, are unreadable. names: of some,
+    count: of how many"""
     some = ', '.join(list(dict.fromkeys(names))[:3])
     require(count <= limit * seen, f'{count} of {seen} images are unreadable, such as {some}; '
             'repair or remove them, or allow them to be read')

@@ -27,9 +27,8 @@ from torch import nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import (Unreadable, UserError, cli, crop, fetch, hexdigest, open_data, option,
-                  parse_options, refuse_damage, refuse_damaged, check_numbers, require,
-                  whole)
+from data import (Unreadable, UserError, check_numbers, cli, crop, fetch, hexdigest, open_data,
+                  option, parse_options, refuse_damage, refuse_damaged, require, whole)
 from model import (RECON, TOL, check_sampling, find_process, from_uint8, generator, grid,
                    load_model, note_on_guidance, plot, progress, psnr, sample_images,
                    sampling_dtype, to_uint8, tolerance, with_weights_in)

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import UserError, fetch, option, refuse_damaged, check_numbers, require, whole
+from data import UserError, check_numbers, fetch, option, refuse_damaged, require, whole
 from flow import GUIDANCE, Flow, Layer, SiT, TARFlow, TARVPFlow, VPFlow, shift
 from vae import LearnedVAE, Pixels, VAE
 

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 import torch
 
-from data import UserError, cli, option, parse_options, check_numbers, require, whole
+from data import UserError, check_numbers, cli, option, parse_options, require, whole
 from flow import JACOBI_IMAGES, jacobi_is_slower
 from model import (TOL, check_sampling, export, find_process, gather_images, grid, load_model,
                    note_on_guidance, progress, ready_to_sample, sample_images, sampling_dtype,
@@ -43,8 +43,8 @@ class Options:
     batch_size: int = option(80, 'images at once in each process: more is faster, and more memory')
     denoise: bool | None = option(None, "end by TARFlow's denoising step; default: the preset's")
     export: str = option('', 'file to write the EMA weights alone to, instead of making images')
-    out: str = option('', "X.png: a grid; X.npz: ADM's layout; X/: a new folder of PNGs; "
-                          'default: grid.png beside --ckpt')
+    out: str = option('', "X.png: a grid; X.npz: ADM's layout; X/: a new folder of PNGs, the same "
+                          'for all processes; default: grid.png beside --ckpt')
     device: str = option('', 'cuda, mps, cpu; default: the best there is')
     dtype: str = option('', 'float32 or bfloat16 (autocast); default: float32 if --dtype was that '
                             'in training, else bfloat16 if the GPU has it')
