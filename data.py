@@ -21,7 +21,6 @@ import gzip
 import hashlib
 import http.client
 import io
-import itertools
 import json
 import math
 import os
@@ -300,7 +299,7 @@ class Arrays(Data):
 def open_npz(path):
     """-> Data of arr_0, (N, H, W, 3) or (N, H, W) uint8, and, if there, labels arr_1 (N,), as ADM
     and sample.py write them. The images stay on disk unless they are compressed: they may not fit
-    in memory. (Workers on a Mac or on Windows copy them; --workers 0 has none.)"""
+    in memory. (On a Mac and on Windows every worker copies them; avoid that by --workers 0.)"""
     with zipfile.ZipFile(path) as z, np.load(path) as arrays, open(path, 'rb') as f:
         if 'arr_0.npy' not in z.namelist():
             raise UserError(f'{path} holds no images (arr_0); name one that does')
@@ -332,11 +331,12 @@ def open_npz(path):
 
 
 @contextlib.contextmanager
-def refuse_damaged(path, what='cannot be read, or is damaged', do='give one that is intact'):
-    """Whatever is wrong with a file becomes one sentence."""
+def refuse_damaged(path, what='cannot be read, or is damaged', do='give one that is intact',
+                   besides=()):
+    """Whatever is wrong with a file becomes one sentence. besides: what it may raise but DAMAGED"""
     try:
         yield
-    except DAMAGED as e:
+    except (*DAMAGED, *besides) as e:
         why, *_ = f'{type(e).__name__}: {e}'.splitlines()
         raise UserError(f'{path} {what} ({why}); {do}')
 
@@ -407,8 +407,9 @@ def batches(data, image_size, batch_size, seed, flip, start, steps, rank=0, worl
             images = images.pin_memory() if pin else images
             yield images.permute(0, 3, 1, 2), torch.from_numpy(labels), len(replaced)
     except Unreadable as e:                                        # after a worker's traceback
-        raise UserError('a hundred images in a row are unreadable, the last one '
-                        f'{str(e).splitlines()[-1]}; is the disk with them still there?')
+        last = str(e).splitlines()[-1].removeprefix('data.Unreadable: ')
+        raise UserError(f'a hundred images in a row are unreadable, the last one {last}; is the '
+                        'disk with them still there?')
 
 
 def refuse_damage(names, count, seen, limit=0.01):
@@ -474,8 +475,8 @@ def prefetch(dataset, indices, workers, pin=False):
     # Windows has no such masks.
     if not hasattr(signal, 'pthread_sigmask'):
         return iter(loader)
-    # A Ctrl-C is for this process alone, so it has to wait until the new ones ignore it.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    # These are for this process alone, so they have to wait until the new ones ignore them.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
     try:
         batches = iter(loader)
     finally:
@@ -497,6 +498,8 @@ def leave_group(worker):
     if hasattr(signal, 'sigwaitinfo'):
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         threading.Thread(target=obey_parent, daemon=True).start()
+    elif hasattr(signal, 'pthread_sigmask'):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
 
 
 def obey_parent():
@@ -578,7 +581,7 @@ FASHION_MNIST = {
 
 def cifar10():
     """The 50,000 training images of CIFAR-10 (Krizhevsky 2009), 32 pixels per side."""
-    archive, = itertools.starmap(fetch, CIFAR10.items())
+    archive, = [fetch(url, digest) for url, digest in CIFAR10.items()]
     with tarfile.open(archive) as tar:
         files = {posixpath.basename(m.name): tar.extractfile(m).read() for m in tar if m.isfile()}
     rows = b''.join(files[f'data_batch_{i}.bin'] for i in range(1, 6))
@@ -592,7 +595,7 @@ def cifar10():
 def fashion_mnist():
     """The 60,000 training images of Fashion-MNIST (Xiao et al. 2017), grey, padded from 28 to 32
     pixels per side with their black background, as is customary: then sides halve evenly."""
-    paths = itertools.starmap(fetch, FASHION_MNIST.items())
+    paths = [fetch(url, digest) for url, digest in FASHION_MNIST.items()]
     images, labels = [np.frombuffer(gzip.open(path).read(), np.uint8) for path in paths]
     images = np.pad(images[16:].reshape(-1, 28, 28), ((0, 0), (2, 2), (2, 2)))
     names = 't-shirt trouser pullover dress coat sandal shirt sneaker bag ankle-boot'
@@ -678,10 +681,11 @@ BUILT_IN = {'shapes': Shapes, 'cifar10': cifar10, 'fashion_mnist': fashion_mnist
 
 # ------------------------------------------------------------------------ what every program needs
 
-# What a look inside raises on files that are not what they should be.
-DAMAGED = (OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, AttributeError,
-           ArithmeticError, struct.error, pickle.UnpicklingError, tokenize.TokenError,
-           zipfile.BadZipFile, zlib.error)
+# What reading raises if a file is not what it should be; and what torch.load, or a look at what it
+# has loaded, may raise besides.
+DAMAGED = (OSError, ValueError, EOFError, LookupError, ArithmeticError, NotImplementedError,
+           struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error)
+LOADING = (RuntimeError, TypeError, AttributeError, pickle.UnpicklingError)
 
 
 class UserError(Exception):
@@ -703,9 +707,9 @@ def cli(main):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors='backslashreplace')
         setattr(sys, name, stream)
-    several = 'RANK' in os.environ                                 # torchrun ends them by SIGTERM
-    if not several:                                                # else it ends as Ctrl-C does
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    several = 'RANK' in os.environ
+    if not several:                                                # torchrun's should end at once
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does
     try:
         code, sentence = attempt(main)
     except Exception:
@@ -713,12 +717,16 @@ def cli(main):
             raise
         code, sentence = 1, traceback.format_exc()
     with contextlib.suppress(OSError):                             # of a terminal that is closed
-        sys.stderr.write(sentence and f'{sentence}\n')             # as one, beside other processes
+        if sentence:                                               # in one piece: others write, too
+            sys.stderr.write(f'{sentence}\n')
+            sys.stderr.flush()
+    try:
+        sys.stdout.flush()
+    except OSError:                                                # at exit it would fail once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if code and several:
         # A normal exit takes leave of the other processes. On GPUs that waits for them, and they
         # may wait for this one.
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(code)
     if code:
         sys.exit(code)
@@ -734,17 +742,15 @@ def attempt(main):
         return 2, f'error: {e}'
     except KeyboardInterrupt:
         return 130, '\ninterrupted; what was saved before is untouched'
-    except BrokenPipeError:
-        # The reader left, as in `... | head`.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:                                        # as in `... | head`
         return 1, ''
-    except OSError as e:
+    except (OSError, MemoryError, RuntimeError) as e:
+        if circumstance(e):
+            return 2, f'error: {circumstance(e)}'
+        if not isinstance(e, OSError):
+            raise
         what = f'{e.filename}: {e.strerror}' if e.filename else e.strerror or e
         return 2, f'error: {what}; name one that can be read, or written, and has room'
-    except (MemoryError, RuntimeError) as e:
-        if not circumstance(e):
-            raise
-        return 2, f'error: {circumstance(e)}'
 
 
 def circumstance(error):
@@ -752,7 +758,7 @@ def circumstance(error):
     text = (str(error) or type(error).__name__).splitlines()[0]
     if 'DataLoader worker (pid' in text:
         return 'a data loading process died, maybe out of memory; try fewer --workers'
-    full = 'out of memory', "can't allocate memory", 'ALLOC_FAILED'
+    full = 'out of memory', "can't allocate memory", 'Cannot allocate memory', 'ALLOC_FAILED'
     if isinstance(error, MemoryError) or any(words in text for words in full):
         said = '. '.join(text.split('. ')[:2])                     # the rest is on allocators
         return (f'not enough memory ({said}); train.py needs less with more --grad_accum or '

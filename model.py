@@ -28,7 +28,8 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import UserError, check_numbers, fetch, option, refuse_damaged, require, whole
+from data import (LOADING, UserError, check_numbers, fetch, option, refuse_damaged, require,
+                  whole)
 from flow import GUIDANCE, Flow, Layer, SiT, TARFlow, TARVPFlow, VPFlow, shift
 from vae import LearnedVAE, Pixels, VAE
 
@@ -40,8 +41,7 @@ class SimFlow(nn.Module):
     def __init__(self, config, classes):
         super().__init__()
         c = config
-        self.vae = CODECS[c.codec](c.vae_width, c.vae_mults, c.vae_patch, c.latent_dim, c.sigma,
-                                   c.latent_norm)
+        self.vae = build_codec(c)
         self.flow = PRIORS[c.prior](c.latent_dim, c.tokens, c.width, c.heads, c.layers, classes)
         self.noise, self.guidance, self.denoise = NOISE[c.noise], c.guidance, c.denoise
         self.image_size = c.image_size
@@ -372,6 +372,14 @@ CODECS = {'vae': VAE, 'learned': LearnedVAE, 'pixels': Pixels}
 PRIORS = {'flow': Flow, 'vp': VPFlow, 'tarflow': TARFlow, 'tarflow_vp': TARVPFlow, 'sit': SiT}
 
 
+def build_codec(c):
+    """Config -> image <-> latents, a row of CODECS"""
+    if c.codec == 'pixels':
+        return Pixels(c.vae_patch, c.latent_dim, c.sigma)
+    return CODECS[c.codec](c.vae_width, c.vae_mults, c.vae_patch, c.latent_dim, c.sigma,
+                           c.latent_norm)
+
+
 # Kinds of noise: mu, sigma, eps ~ N(0, I) -> x (SimFlow's Table 6). The paper does not say what its
 # t is: here sigma, or random as in l-DeTok (Yang et al. 2025, arXiv:2507.15856), which it cites.
 
@@ -537,7 +545,9 @@ class Process:
     def sum(self, values):
         """In place, over the processes."""
         if self.world > 1:
-            dist.all_reduce(values)
+            # By gloo they may wait for hours, as when one GPU is slower than the others.
+            on_cpu = values.device.type == 'cpu'
+            dist.all_reduce(values, group=self.patient if on_cpu else None)
 
     def mean(self, values):
         """In place, over the processes."""
@@ -546,12 +556,12 @@ class Process:
             values /= self.world
 
     def gather(self, value):
-        """-> a list of all processes' values on process 0, on the others of their own"""
+        """-> on process 0 a list of all processes' values, on each other one a list of its own"""
         if self.world == 1:
             return [value]
-        values = [None] * self.world if self.rank == 0 else None
-        dist.gather_object(value, values)
-        return values or [value]
+        values = [None] * self.world
+        dist.gather_object(value, values if self.rank == 0 else None)
+        return values if self.rank == 0 else [value]
 
     def max(self, number):
         """Largest of the processes' integers. By gloo, so no process waits for its GPU."""
@@ -706,7 +716,8 @@ def load_checkpoint(path, option='--ckpt', mmap=False):
     named it. With mmap, its tensors stay in the file until they are used."""
     require(os.path.exists(path), f'there is no checkpoint {path}; train one with `python '
             f'train.py`, or name one with {option}')
-    with refuse_damaged(path, 'is not a checkpoint of train.py, or is damaged', 'use another'):
+    with refuse_damaged(path, 'is not a checkpoint of train.py, or is damaged', 'use another',
+                        LOADING):
         state = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
         if 'blocks.0.pos_embed' in state:
             state = from_tarflow(state, path)
@@ -1098,7 +1109,8 @@ def load_teacher(path, side):
         path = fetch(DINOV2_URL, DINOV2_DIGEST, 'put it there by hand, name a copy with --repa, or '
                      "train without: --align ''")
     with refuse_damaged(path, 'is not the weights of DINOv2 ViT-S/14, B/14 or L/14 without '
-                        'registers', "name a good copy with --repa, or 'dinov2' to download one"):
+                        'registers', "name a good copy with --repa, or 'dinov2' to download one",
+                        LOADING):
         state = torch.load(path, map_location='cpu', weights_only=True)
         width = state['cls_token'].shape[-1]
         depth = len({name.split('.')[1] for name in state if name.startswith('blocks.')})

@@ -43,8 +43,8 @@ class Options:
     batch_size: int = option(80, 'images at once in each process: more is faster, and more memory')
     denoise: bool | None = option(None, "end by TARFlow's denoising step; default: the preset's")
     export: str = option('', 'file to write the EMA weights alone to, instead of making images')
-    out: str = option('', "X.png: a grid; X.npz: ADM's layout; X/: a new folder of PNGs, the same "
-                          'for all processes; default: grid.png beside --ckpt')
+    out: str = option('', "X.png: a grid; X.npz: ADM's layout; X/: a new folder of PNGs, on a "
+                          'disk that all processes share; default: grid.png beside --ckpt')
     device: str = option('', 'cuda, mps, cpu; default: the best there is')
     dtype: str = option('', 'float32 or bfloat16 (autocast); default: float32 if --dtype was that '
                             'in training, else bfloat16 if the GPU has it')
@@ -122,7 +122,7 @@ def save_npz(path, batches, labels, class_names):
     the batches come, since 50,000 images of 256 pixels are 10 GB."""
     first = next(batches)
     header = {'descr': '|u1', 'fortran_order': False, 'shape': (len(labels), *first.shape[1:])}
-    with whole(path) as temporary, zipfile.ZipFile(temporary, 'w') as z:
+    with whole(path, path + '.tmp') as temporary, zipfile.ZipFile(temporary, 'w') as z:
         with z.open('arr_0.npy', 'w', force_zip64=True) as f:
             np.lib.format.write_array_header_1_0(f, header)
             f.write(first.tobytes())

@@ -26,8 +26,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import (UserError, batches, cli, held_out, hold_out, open_data, parse_options, require,
-                  show, whole)
+from data import (BUILT_IN, UserError, batches, cli, held_out, hold_out, open_data, parse_options,
+                  require, show, whole)
 from flow import Layer, SiT, VPFlow
 from model import (DIFFUSION, PRESETS, RECON, TRAIN, Aligned, Config, SimFlow, alignment,
                    can_compile, find_process, from_uint8, gather_images, generator, grid,
@@ -528,13 +528,13 @@ def orthogonalize(matrices, dtype):
 
 # ----------------------------------------------------------------------------------- files and logs
 
-def save(trainer, data, doubt=HOPELESS):
-    """Process 0 writes the checkpoint, and the others wait; UserError on all if it can't. After
-    `doubt` skipped steps in a row the weights may be broken, and don't replace better ones."""
-    if trainer.lost >= doubt:
-        trainer.process.print(f'not saved at step {trainer.step}: {trainer.lost.item()} steps in a '
-                              'row were not finite')
-        return
+def save(trainer, data):
+    """Process 0 writes the checkpoint, and the others wait; UserError on all if it can't, or if
+    weights that seem broken would replace better ones."""
+    if trainer.saved and trainer.lost >= HOPELESS:
+        raise UserError(f'none of the last {trainer.lost.item()} steps was finite, so '
+                        f'{trainer.config.out}/ckpt.pt stays that of step {trainer.saved}; run the '
+                        'same command with a lower --lr, or give another --out')
     trainer.process.on_rank_0(write_checkpoint, trainer, data)
     trainer.saved = trainer.step
 
@@ -602,11 +602,14 @@ def differences(saved, now, process, data):
     """-> how a checkpoint differs from options `now` and these data: in settings that define the
     run, and in others"""
     was, differs, changed = saved['config'], [], []
-    for k in [k for k in now if was[k] != now[k]]:
+    for k in now:
+        old, new = [show(value) if value not in ('', ()) else "''" for value in (was[k], now[k])]
+        if old == new:
+            continue
         if k in FIXED_OPTIONS and (now['align'] or not k.startswith('repa')):
-            differs.append(f'--{k} {show(was[k])} (now {show(now[k]) or "nothing"})')
+            differs.append(f'--{k} {old} (now {new})')
         elif k not in ('init', 'dtype'):
-            changed.append(f', --{k} {show(was[k])} -> {show(now[k])}')
+            changed.append(f', --{k} {old} -> {new}')
     if saved['class_names'] != data.class_names:
         differs.append(f'{len(saved["class_names"])} classes (now {len(data.class_names)}, or '
                        'other names)')
@@ -889,12 +892,12 @@ def is_due(interval, step):
 
 
 def save_if_due(trainer, data, last):
-    """last: the run ends here, and nothing later could be saved"""
+    """last: the run ends here. Else weights that may be broken, as a step was just skipped, don't
+    replace better ones."""
     c, step = trainer.config, trainer.step
-    if last:
+    due = is_due(c.save_interval, step) or is_due(c.keep_interval, step)
+    if last or due and not (trainer.saved and trainer.lost):
         save(trainer, data)
-    elif is_due(c.save_interval, step) or is_due(c.keep_interval, step):
-        save(trainer, data, doubt=1)
 
 
 def train(config, data, process):
@@ -940,6 +943,8 @@ def train(config, data, process):
 
 def check_out(config):
     """UserError if --out lies in the folder --data, where its pictures would be taken for data."""
+    if config.data in BUILT_IN:
+        return
     data, out = [os.path.join(os.path.realpath(path), '') for path in (config.data, config.out)]
     require(not (os.path.isdir(data) and out.startswith(data)), f'--out {config.out} lies in '
             f'--data {config.data}, where its pictures would be taken for data; name another place')
@@ -947,8 +952,11 @@ def check_out(config):
 
 def check_held_out(held, config):
     """UserError now, not at the first measurement, if no image can be read."""
-    if len(held):
-        next(batches(held, config.image_size, 1, config.seed, False, 0, 1, limit=1.0))
+    try:
+        if len(held):
+            next(batches(held, config.image_size, 1, config.seed, False, 0, 1, limit=1.0))
+    except UserError as e:
+        raise UserError(f'of those that --holdout keeps, {e}')
 
 
 def next_batch(trainer, data, meter, feed):

@@ -17,7 +17,7 @@ from torch import nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from data import fetch, refuse_damaged
+from data import LOADING, fetch, refuse_damaged
 
 
 class VAE(nn.Module):
@@ -333,10 +333,9 @@ class LearnedVAE(VAE):
 
 class Pixels(nn.Module):
     """TARFlow's codec, which learns nothing: a token is a patch of pixels, channel by channel.
-    latent_dim / patch^2 is 3, or 1 for grey images: the mean of the three channels. Of VAE's other
-    arguments only sigma counts."""
+    latent_dim / patch^2 is 3, or 1 for grey images: the mean of the three channels."""
 
-    def __init__(self, width, mults, patch, latent_dim, sigma, layer_norm):
+    def __init__(self, patch, latent_dim, sigma):
         super().__init__()
         self.sigma, self.channels = sigma, latent_dim // patch ** 2
         self.encoder, self.decoder = nn.PixelUnshuffle(patch), nn.PixelShuffle(patch)
@@ -367,6 +366,6 @@ def load_lpips(vgg_path='', heads_path='', without='--lpips 0 --l2 400'):
                                      advice.format('lpips_heads'), 'lpips_v0.1_vgg.pth')
     with refuse_damaged(f'{vgg_path} and {heads_path}', 'are not the weights of VGG16 and of LPIPS',
                         'name good copies with --lpips_vgg and --lpips_heads, or do without: '
-                        f'{without}'):
+                        f'{without}', LOADING):
         return LPIPS().load(*(torch.load(path, map_location='cpu', weights_only=True)
                               for path in (vgg_path, heads_path)))

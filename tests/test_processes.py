@@ -4,6 +4,8 @@ import copy
 import json
 import os
 
+import numpy as np
+from PIL import Image
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from conftest import ROOT
 from data import parse_options
 from model import PRESETS, Config, find_process, from_uint8
 from test_data import png, write_folder
-from test_train import TINY, read_log, run, same, torchrun
+from test_train import TINY, python, read_log, run, same, torchrun
 import train
 from vae import LPIPS, hinge
 from worker import gradients, make
@@ -196,6 +198,28 @@ def test_lpips_reaches_the_decoder():
     trainer = train.Trainer(config, 10, find_process('cpu'), lpips)
     trainer.backward(torch.rand(8, 3, 16, 16), torch.zeros(8).long(), torch.zeros(8, 16, 4))
     assert trainer.model.vae.conv_out.weight.grad.abs().sum() > 0
+
+
+def test_processes_share_what_is_sampled(tmp_path):
+    """Five images by two processes, one at a time, are one process's: the folder that each of them
+    writes to, and the numbers of evaluate.py, of which each measures its own."""
+    out = str(tmp_path)
+    train.main([*TINY, '--steps', '2', '--sample_interval', '0', '--out', out])
+    options = ['--ckpt', f'{out}/ckpt.pt', '--device', 'cpu', '--batch_size', '1']
+    draw = ['sample.py', *options, '--num_samples', '5', '--out']
+    measure = ['evaluate.py', *options, '--ref', 'shapes', '--ref_n', '20', '--features', 'random',
+               '--num_samples', '11', '--cfg', '1']
+    images, rows = [], []
+    for launch in python, lambda *command: torchrun(2, *command):
+        folder = tmp_path / str(len(rows))
+        assert run(launch(*draw, f'{folder}/')).returncode == 0
+        files = sorted(folder.rglob('*.png'))
+        names = [str(file.relative_to(folder)) for file in files]
+        images.append(np.stack([np.asarray(Image.open(file)) for file in files]).astype(int))
+        rows.append(json.loads(run(launch(*measure)).stdout.splitlines()[-1])['rows'][0])
+        rows[-1].pop('images/s')
+    assert len(names) == 5 and abs(images[0] - images[1]).max() <= 1         # of rounding
+    assert rows[0] == pytest.approx(rows[1], rel=1e-3)
 
 
 def test_gradients_are_clipped():

@@ -257,7 +257,7 @@ def test_the_std_of_latents_is_measured_without_the_added_noise():
 
 @pytest.mark.parametrize('channels', [1, 3])
 def test_patches_are_a_bijection(channels):
-    codec = Pixels(0, (), 4, 16 * channels, 0.05, True)
+    codec = Pixels(patch=4, latent_dim=16 * channels, sigma=0.05)
     image = torch.randn(2, channels, 8, 8).expand(-1, 3, -1, -1)
     x, sigma = codec.encode(image)
     assert x.shape == (2, 4, 16 * channels) and sigma == 0.05
