@@ -708,21 +708,23 @@ def cli(main):
             stream.reconfigure(errors='backslashreplace')
         setattr(sys, name, stream)
     several = 'RANK' in os.environ
-    if not several:                                                # torchrun's should end at once
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does
+    if not several:
+        # It then ends as by Ctrl-C. (torchrun's processes should end at once.)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code, sentence = attempt(main)
     except Exception:
         if not several:
             raise
         code, sentence = 1, traceback.format_exc()
-    with contextlib.suppress(OSError):                             # of a terminal that is closed
-        if sentence:                                               # in one piece: others write, too
-            sys.stderr.write(f'{sentence}\n')
-            sys.stderr.flush()
+    # The terminal may be closed. In one piece, as other processes write, too.
+    with contextlib.suppress(OSError):
+        sys.stderr.write(f'{sentence}\n' if sentence else '')
+        sys.stderr.flush()
     try:
         sys.stdout.flush()
-    except OSError:                                                # at exit it would fail once more
+    except OSError:
+        # At the interpreter's end that would fail once more, and change the exit code.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if code and several:
         # A normal exit takes leave of the other processes. On GPUs that waits for them, and they
