@@ -1086,7 +1086,7 @@ def report(rows, options, seconds):
     for name, text in used.items():
         print(f'  {name}: {text}')
     counts = [row[name] for row in rows for name in ('n', 'ref n') if row.get(name)]
-    if 'FID' in used and min(counts, default=2049) < 2049:
+    if 'FID' in words and min(counts, default=2049) < 2049:
         print(f'  WARNING: {min(counts)} images are fewer than 2,049: singular covariance, FID far '
               'too large')
     for row in rows:

@@ -201,7 +201,8 @@ class Trainer:
 
     def can_replay(self):
         """Can a step be one CUDA graph? Not before its parts are compiled, not in several
-        processes, not where the prior keeps sums of its own or draws random numbers."""
+        processes, not where the prior keeps sums of its own or draws random numbers. (Nor where a
+        Python number, such as sigma, changes by step: a graph would keep its first value.)"""
         process = self.process
         return (process.compile and process.device.type == 'cuda' and process.world == 1
                 and not isinstance(self.model.flow, (VPFlow, SiT)) and self.warm_steps >= 2)
@@ -448,7 +449,8 @@ class StepGraph:
 
 
 def build_optimizers(model, config, dtype):
-    """-> the name in checkpoints -> optimizer"""
+    """-> the name in checkpoints -> optimizer. While its `found_inf` is 1, a step must leave
+    weights and state alone, the first step too."""
     hidden = hidden_weights(model) if config.optimizer == 'muon' else []
     own = {id(weight) for weight, _ in hidden}
     others = [p for p in model.parameters() if id(p) not in own]
