@@ -166,8 +166,9 @@ class Zip:
                 if info.filename.endswith(('/', '\\')) or is_hidden(name):
                     continue
                 known = info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-                require(known and not info.flag_bits & 1, f'{name} in {path} is encrypted, or '
-                        'compressed otherwise than by deflate; unpack it, and name the folder')
+                if not known or info.flag_bits & 1:
+                    raise UserError(f'{name} in {path} is encrypted, or compressed otherwise than '
+                                    'by deflate; unpack it, and name the folder')
                 infos[name] = info
         self.names = sorted(infos)
         infos = [infos[name] for name in self.names]
@@ -200,9 +201,10 @@ class Files(Data):
                 tables.append(i)
             else:
                 others.append(name)
-        ignored = ''.join(f' ({note})' for note in notes_on(others, '', []))
-        require(index, f'there are no images in {source.path}{ignored}; give a folder or a zip of '
-                'class folders')
+        if not index:
+            ignored = ''.join(f' ({note})' for note in notes_on(others, '', []))
+            raise UserError(f'there are no images in {source.path}{ignored}; give a folder or a '
+                            'zip of class folders')
         # Names are sorted: the folders that the first and the last image share are around all.
         ends = [*tables, index[0], index[-1]]
         root = posixpath.commonpath([posixpath.dirname(source.names[i]) for i in ends])
@@ -415,9 +417,10 @@ def batches(data, image_size, batch_size, seed, flip, start, steps, rank=0, worl
 def refuse_damage(names, count, seen, limit=0.01):
     """UserError if more than `limit` of the images seen, a share, are unreadable. names: of some,
     count: of how many"""
-    some = ', '.join(list(dict.fromkeys(names))[:3])
-    require(count <= limit * seen, f'{count} of {seen} images are unreadable, such as {some}; '
-            'repair or remove them, or allow them to be read')
+    if count > limit * seen:
+        some = ', '.join(list(dict.fromkeys(names))[:3])
+        raise UserError(f'{count} of {seen} images are unreadable, such as {some}; repair or '
+                        'remove them, or allow them to be read')
 
 
 class BatchDataset(Dataset):
@@ -478,12 +481,12 @@ def prefetch(dataset, indices, workers, pin=False):
     # These are for this process alone, so they have to wait until the new ones ignore them.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
     try:
-        batches = iter(loader)
+        made = iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    # If a worker is killed, torch would raise anywhere. Without its handler, next(batches) does.
+    # If a worker is killed, torch would raise anywhere. Without its handler, next(made) does.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    return batches
+    return made
 
 
 def leave_group(worker):
@@ -747,8 +750,9 @@ def attempt(main):
     except BrokenPipeError:                                        # as in `... | head`
         return 1, ''
     except (OSError, MemoryError, RuntimeError) as e:
-        if circumstance(e):
-            return 2, f'error: {circumstance(e)}'
+        sentence = circumstance(e)
+        if sentence:
+            return 2, f'error: {sentence}'
         if not isinstance(e, OSError):
             raise
         what = f'{e.filename}: {e.strerror}' if e.filename else e.strerror or e

@@ -974,7 +974,7 @@ def next_batch(trainer, data, meter, feed):
     if trainer.process.max(int(error is not None)):
         if trainer.step > trainer.saved:
             save(trainer, data)
-        raise error or UserError('another process can\'t go on; it says why')
+        raise error or UserError("another process can't go on; it says why")
     return batch
 
 
